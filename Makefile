@@ -1,0 +1,39 @@
+# Everything sets itself up: `make demo` or `make test` on a fresh machine needs Python and make only.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BENCH_VENV := .venv-bench
+
+.PHONY: help setup demo test lint bench docs clean
+
+help:
+	@echo "make demo   explain a digit classifier with 5 % wrong training labels; the report is demo/report.html"
+	@echo "make test   run the tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  compare with peers on MNIST; writes docs/benchmarks.md"
+	@echo "make docs   build the documentation into site/"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: setup
+	$(BIN)/refluence demo --out demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf $(VENV) $(BENCH_VENV) demo site build dist

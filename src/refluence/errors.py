@@ -1,0 +1,31 @@
+"""The errors that the library raises; each message names the thing at fault, its value, and the remedy."""
+
+from __future__ import annotations
+
+
+class RefluenceError(ValueError):
+    """Base of every error that the library raises about its input."""
+
+
+class DataError(RefluenceError):
+    """A data set or batch that cannot be attributed: shuffled, empty, changing, wrongly shaped."""
+
+
+class TaskError(RefluenceError):
+    """A task whose loss, measurement, forward or parameter choice does not fit its model or data."""
+
+
+class NonFiniteError(RefluenceError):
+    """NaN or Inf in a loss or gradient; names the row of the example and the parameter."""
+
+
+class NonDeterministicError(RefluenceError):
+    """The same input gave two different outputs in eval mode; names the module."""
+
+
+class PlanError(RefluenceError):
+    """A plan that does not fit the memory, or that asks a solver for what it cannot do."""
+
+
+class NotFittedError(RefluenceError):
+    """Something was asked of an `Influence` before `fit`."""
