@@ -1,0 +1,31 @@
+"""Where the zoo keeps and looks for files: the cache (`$REFLUENCE_CACHE`) and the user's data (`$REFLUENCE_DATA`)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CACHE_VARIABLE = "REFLUENCE_CACHE"
+DATA_VARIABLE = "REFLUENCE_DATA"
+
+
+def cache_folder() -> Path:
+    """`$REFLUENCE_CACHE`, else the operating system's cache folder for refluence; it need not exist."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    import pooch
+
+    return Path(pooch.os_cache("refluence"))
+
+
+def checkpoint_folder() -> Path:
+    """Where trained models of the zoo are kept."""
+    return cache_folder() / "checkpoints"
+
+
+def data_folders(name: str) -> list[Path]:
+    """Where a data set is looked for, in order: the two official layouts under `$REFLUENCE_DATA`, then the cache."""
+    chosen = os.environ.get(DATA_VARIABLE)
+    own = [Path(chosen).expanduser() / name, Path(chosen).expanduser() / name.upper() / "raw"] if chosen else []
+    return [*own, cache_folder() / "data" / name]
