@@ -32,6 +32,20 @@ lint: setup
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
+# The peers live in an environment of their own; one that cannot be installed is a line of the report, not an error.
+BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+BENCH_STAMP := $(BENCH_VENV)/.installed
+
+bench: $(BENCH_STAMP)
+	$(BENCH_VENV)/bin/python -m benchmarks.run $(BENCH_ARGS)
+
+$(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_PIP) --constraint constraints.txt --editable .
+	$(BENCH_PIP) --no-deps --requirement benchmarks/requirements.txt || \
+		grep '==' benchmarks/requirements.txt | xargs -n 1 $(BENCH_PIP) --no-deps || true
+	@touch $(BENCH_STAMP)
+
 docs: setup
 	$(BIN)/mkdocs build --strict --quiet
 

@@ -1,0 +1,139 @@
+"""Run the benchmark: `python -m benchmarks.run [--only gram,sketch] [--quick]`; `make bench` runs all of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine, report
+from benchmarks.cases import FULL, ITEMS, QUICK, Case, Size, cases
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+DAMPING = 1e-2
+
+
+def main() -> int:
+    """Measure, save everything found as JSON, write the report; the exit status says whether the inputs were there."""
+    options = _options()
+    folder = ROOT / "runs" / ("bench-quick" if options.quick else "bench")
+    chosen = options.only.split(",") if options.only else list(ITEMS)
+    unknown = sorted(set(chosen) - set(ITEMS))
+    if unknown:
+        sys.exit(f"--only knows {', '.join(ITEMS)}; not {', '.join(unknown)}")
+    document = options.out or (DOCUMENT if chosen == list(ITEMS) and not options.quick else folder / "benchmarks.md")
+    if not options.render:
+        found = measure(folder, QUICK if options.quick else FULL, chosen, options.repetitions)
+        (folder / "results.json").write_text(json.dumps(found, indent=1))
+    found = json.loads((folder / "results.json").read_text())
+    document.parent.mkdir(parents=True, exist_ok=True)
+    text = report.render(found)
+    document.write_text(text)
+    print(text)
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--only", help=f"some of {','.join(ITEMS)}; the report then goes to runs/bench/")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether everything runs, not how fast")
+    parser.add_argument("--repetitions", type=int, help="at most so many of each case")
+    parser.add_argument("--render", action="store_true", help="write the report again from the last results")
+    parser.add_argument("--out", type=Path, help="write the report there")
+    return parser.parse_args()
+
+
+def measure(folder: Path, size: Size, chosen: list[str], repetitions: int | None) -> dict[str, Any]:
+    """All results as plain data; the repetitions of the cases are interleaved, so that all meet the same machine."""
+    for name in ("inputs", "scores", "results", "logs"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    described = machine.describe()
+    setup = _run(folder, "inputs", "benchmarks.workers.prepare", {"n_train": size.n_train, "n_test": size.n_test}, 600)
+    if "error" in setup:
+        sys.exit(
+            f"the benchmark's inputs could not be made: {setup['error']}\nset REFLUENCE_DATA to a folder with mnist/"
+        )
+    rates = _run(folder, "rates", "benchmarks.workers.rates", {"size": size.matrix, "numbers": size.numbers}, 120)
+    table = [case for case in cases(size, DAMPING) if case.item in chosen]
+    runs: dict[str, list[dict[str, Any]]] = {case.name: [] for case in table}
+    rounds = max(min(case.repetitions, repetitions or case.repetitions) for case in table)
+    for repetition in range(rounds):
+        for case in table:
+            failed = any("error" in run for run in runs[case.name])
+            if repetition < case.repetitions and not failed:
+                runs[case.name].append(_measure(folder, case))
+    compared = _compare(folder, table, runs)
+    return {
+        "machine": described,
+        "versions": machine.versions(),
+        "size": vars(size),
+        "damping": DAMPING,
+        "inputs": setup["facts"],
+        "rates": rates,
+        "cases": [vars(case) | {"runs": runs[case.name]} for case in table],
+        "compared": compared,
+        "minutes": (time.perf_counter() - start) / 60,
+    }
+
+
+def _measure(folder: Path, case: Case) -> dict[str, Any]:
+    result = _run(folder, case.name, case.worker, case.options, case.timeout)
+    outcome = result.get("error") or ", ".join(f"{name} {seconds:.2f} s" for name, seconds in result["stages"].items())
+    print(f"{case.name:>28}  {outcome}  (peak {result.get('peak_mb', 0):.0f} MB)", flush=True)
+    return result
+
+
+def _run(folder: Path, name: str, worker: str, options: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """One worker in a process of its own; its result, or {"error": what happened}."""
+    result = folder / "results" / f"{name}.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, "-m", worker, "--inputs", folder / "inputs", "--scores", _scores(folder, name)]
+    command += ["--result", result, "--options", json.dumps(options)]
+    log = folder / "logs" / f"{name}.txt"
+    with log.open("w") as output:
+        try:
+            ended = subprocess.run(
+                [str(part) for part in command],
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"given up after {timeout:.0f} s"}
+    if result.exists():
+        return json.loads(result.read_text())
+    if ended.returncode < 0:
+        return {"error": f"killed by signal {-ended.returncode}, as when memory runs out"}
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
+    return {"error": f"did not start: {lines[-1][:300] if lines else f'exit status {ended.returncode}'}"}
+
+
+def _scores(folder: Path, name: str) -> Path:
+    return folder / "scores" / f"{name}.npy"
+
+
+def _compare(folder: Path, table: list[Case], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    succeeded = {case.name for case in table if runs[case.name] and "error" not in runs[case.name][-1]}
+    others = {
+        case.name: str(_scores(folder, case.name))
+        for case in table
+        if case.scores != "none" and case.name != "gram" and case.name in succeeded
+    }
+    if "gram" not in succeeded or not others:
+        return {}
+    options = {"exact": str(_scores(folder, "gram")), "others": others}
+    return _run(folder, "compare", "benchmarks.workers.compare", options, 120).get("facts", {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

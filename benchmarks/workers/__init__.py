@@ -1,0 +1,1 @@
+"""One measured item a module; each runs in a process of its own (see `benchmarks.protocol`)."""
