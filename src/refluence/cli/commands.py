@@ -1,0 +1,185 @@
+"""The commands: parse, call, print. What a command needs is imported when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from refluence._version import __version__
+from refluence.cli import options as o
+from refluence.cli.data import app as data_app
+from refluence.cli.root import Root, examples
+
+app = typer.Typer(
+    cls=Root,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples(
+        ("refluence demo", "find wrong labels among 1,437 digits, with a report"),
+        ("refluence attribute --dataset digits --model mlp --out results", "explain a built-in model"),
+        ("refluence attribute --task my_model.py:influence_task --out results", "explain your own"),
+        ("refluence COMMAND --help", "options and examples of a command"),
+    ),
+)
+app.add_typer(data_app, name="data")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"refluence {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: o.Debug = False,
+) -> None:
+    """Which training examples made the model do that, and can you trust the answer?"""
+
+
+@app.command(
+    epilog=examples(
+        ("refluence attribute --dataset digits --model mlp --out results", "twelve test rows, exact"),
+        ("refluence attribute --dataset mnist --out results --test-rows errors", "every misclassified row"),
+        ("refluence attribute --task package.module:function --out results", "your model and data"),
+        ("refluence attribute --dataset mnist --out results --solver sketched --sketch-size 4096", "by a sketch"),
+        ("refluence attribute --dataset digits --out results --damping dim:90", "λ by effective dimension"),
+    )
+)
+def attribute(
+    ctx: typer.Context,
+    *,
+    dataset: o.Dataset = None,
+    model: o.Model = "mlp",
+    task: o.TaskFunction = None,
+    test_rows: o.TestRows = "0:12",
+    label_noise: o.LabelNoise = 0.0,
+    l2: o.L2 = 0.0,
+    n_train: o.TrainSize = None,
+    n_test: o.TestSize = None,
+    retrain: o.Retrain = False,
+    solver: o.Solver = o.SolverName.AUTO,
+    sketch: o.Sketch = None,
+    sketch_size: o.SketchSize = None,
+    damping: o.Damping = "auto",
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    batch_size: o.BatchSize = None,
+    memory: o.Memory = None,
+    seed: o.Seed = 0,
+    out: o.Out,
+    top: o.Top = 8,
+    no_report: o.NoReport = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Find the train rows that helped and hurt each prediction; writes scores, tables and a report."""
+    from refluence.cli import explanation, rows
+    from refluence.cli.method import Method
+    from refluence.cli.output_folder import OutputFolder
+    from refluence.cli.problem import Source
+    from refluence.cli.summary import print_explanation, print_files
+
+    folder = OutputFolder(out)
+    folder.check()
+    source = Source(dataset, model, task, seed, label_noise, l2, n_train, n_test, retrain)
+    method = Method(solver, sketch, sketch_size, damping, device, dtype, batch_size, memory, seed, not quiet)
+    source.check()
+    method.check()
+    problem = source.load(progress=not quiet)
+    chosen = rows.parse_rows(
+        test_rows, rows.count_rows(problem.test), lambda: rows.misclassified(problem.task, problem.test)
+    )
+    folder.begin("attribute")
+    done = explanation.explain(problem, method, chosen)
+    explanation.write(done, folder, command="attribute", options=given(ctx), top=top, report=not no_report)
+    if not quiet:
+        console = Console()
+        print_explanation(console, done, explanation.top_frame(done.scores, 1))
+        print_files(console, folder)
+
+
+@app.command(
+    epilog=examples(
+        ("refluence plan --dataset mnist --model mlp", "what auto chooses, and why"),
+        ("refluence plan --dataset mnist --solver dense", "whether another solver would fit"),
+        ("refluence plan --task my_model.py:influence_task --memory 4GB", "your model in 4 GB"),
+    )
+)
+def plan(
+    dataset: o.Dataset = None,
+    model: o.Model = "mlp",
+    task: o.TaskFunction = None,
+    test_rows: o.TestRows = "0:12",
+    l2: o.L2 = 0.0,
+    n_train: o.TrainSize = None,
+    n_test: o.TestSize = None,
+    solver: o.Solver = o.SolverName.AUTO,
+    sketch: o.Sketch = None,
+    sketch_size: o.SketchSize = None,
+    damping: o.Damping = "auto",
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    batch_size: o.BatchSize = None,
+    memory: o.Memory = None,
+    seed: o.Seed = 0,
+    debug: o.Debug = False,
+) -> None:
+    """Show what would be computed, the memory and time it takes, and why; nothing is trained or computed."""
+    from refluence.cli import rows
+    from refluence.cli.method import Method
+    from refluence.cli.problem import Source
+
+    source = Source(dataset, model, task, seed, l2=l2, n_train=n_train, n_test=n_test)
+    method = Method(solver, sketch, sketch_size, damping, device, dtype, batch_size, memory, seed)
+    source.check()
+    method.check()
+    problem = source.load_untrained()
+    total = rows.count_rows(problem.test)
+    # which rows are wrong is known only after training: as many as there are, at most
+    chosen = rows.parse_rows(test_rows, total, lambda: list(range(total)))
+    found = method.influence(problem.task).plan_for(problem.train, n_test=len(chosen))
+    Console().print(escape(found.summary()), highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog=examples(
+        ("refluence demo", "into the folder demo"),
+        ("refluence demo --out elsewhere --seed 1", "other flipped labels, another network"),
+    )
+)
+def demo(
+    ctx: typer.Context,
+    out: o.Out = Path("demo"),
+    seed: o.Seed = 0,
+    top: o.Top = 8,
+    retrain: o.Retrain = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Train a small network on digits with 5 % wrong labels, explain twelve predictions, find the wrong labels."""
+    from refluence.cli.demo import run
+
+    run(out, seed=seed, top=top, retrain=retrain, quiet=quiet, options=given(ctx))
+
+
+@app.command(epilog=examples(("refluence doctor", "before reporting a problem: what runs here")))
+def doctor(debug: o.Debug = False) -> None:
+    """Print versions, devices, memory, caches and the data found."""
+    from refluence.cli.doctor import print_report
+
+    print_report(Console())
+
+
+def given(ctx: typer.Context) -> dict[str, Any]:
+    """The options of a command as they go into the manifest."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in ctx.params.items()}

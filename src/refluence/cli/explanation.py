@@ -1,0 +1,129 @@
+"""Fit, score, and write what every explaining command writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import pandas as pd
+import torch
+
+import refluence as rf
+from refluence.cli.method import Method
+from refluence.cli.output_folder import OutputFolder
+from refluence.cli.problem import Problem
+from refluence.cli.rows import select_rows
+
+_PACKAGES = ("refluence", "torch", "numpy", "scipy", "pandas", "zarr", "safetensors", "scikit-learn")
+SUSPICIOUS = 50
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A fitted influence with the scores of the chosen test rows; `seconds` by stage."""
+
+    problem: Problem
+    rows: list[int]
+    influence: rf.Influence
+    scores: rf.Scores
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the time of this stage."""
+    begin = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - begin, 3)
+
+
+def explain(problem: Problem, method: Method, rows: list[int]) -> Explanation:
+    """Fit the influence to the train rows and score the given test rows; ids are rows of the whole test set."""
+    seconds: dict[str, float] = {}
+    influence = method.influence(problem.task)
+    with timed(seconds, "fit"):
+        influence.fit(problem.train)
+    with timed(seconds, "score"):
+        scores = influence.score(select_rows(problem.test, rows))
+    return Explanation(problem, rows, influence, dataclasses.replace(scores, test_ids=rows), seconds)
+
+
+def write(
+    explanation: Explanation,
+    folder: OutputFolder,
+    *,
+    command: str,
+    options: dict[str, Any],
+    top: int,
+    report: bool,
+    notes: Sequence[str] = (),
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write scores, top rows, report and manifest into a folder that was begun."""
+    problem, scores, seconds = explanation.problem, explanation.scores, dict(explanation.seconds)
+    with timed(seconds, "save"):
+        scores.save(folder.scores)
+        top_frame(scores, top).to_parquet(folder.top, index=False)
+    if report:
+        from refluence.report import write_report
+
+        with timed(seconds, "report"):
+            write_report(
+                folder.report,
+                explanation.influence,
+                scores,
+                problem.train,
+                problem.test,
+                presentation=problem.presentation,
+                top=top,
+                title=f"Influence report: {problem.title}",
+                suspicious=SUSPICIOUS,
+                notes=([problem.benchmark.description] if problem.benchmark else []) + list(notes),
+            )
+    folder.finish(
+        {
+            "command": command,
+            "options": options,
+            "versions": versions(),
+            "problem": _describe(problem),
+            "test_rows": explanation.rows,
+            "influence": explanation.influence.manifest(),
+            **(extra or {}),
+            "timings_seconds": seconds,
+        }
+    )
+
+
+def top_frame(scores: rf.Scores, k: int) -> pd.DataFrame:
+    """The k most helpful and k most harmful train rows of each test row, told apart by the column `direction`."""
+    sides = [scores.top(k).assign(direction="helpful"), scores.bottom(k).assign(direction="harmful")]
+    return pd.concat(sides, ignore_index=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers come from, with the number of threads."""
+    found = {package: metadata.version(package) for package in _PACKAGES}
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
+    return {"python": platform.python_version(), **found, "machine": machine}
+
+
+def _describe(problem: Problem) -> dict[str, Any]:
+    described: dict[str, Any] = {"title": problem.title, "task": problem.task.describe()}
+    if problem.benchmark is not None:
+        benchmark = problem.benchmark
+        described |= {
+            "description": benchmark.description,
+            "recipe": dataclasses.asdict(benchmark.recipe),
+            "accuracy": benchmark.accuracy,
+            "train_loss": benchmark.train_loss,
+            "trained_now": benchmark.trained_now,
+            "flipped": benchmark.flipped.tolist(),
+        }
+    return described

@@ -1,0 +1,135 @@
+"""The options of the commands: names, types and help texts; no meaning yet."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from refluence.cli.root import remember_debug
+
+_WHAT = "What to explain"
+_HOW = "How to compute it"
+_SHOW = "What comes out"
+
+
+class SolverName(StrEnum):
+    """The ways of applying (C + λI)⁻¹."""
+
+    AUTO = "auto"
+    GRAM = "gram"
+    DENSE = "dense"
+    SKETCHED = "sketched"
+    IDENTITY = "identity"
+
+
+class SketchName(StrEnum):
+    """The random projections."""
+
+    SJLT = "sjlt"
+    GAUSSIAN = "gaussian"
+    RADEMACHER = "rademacher"
+
+
+class DtypeName(StrEnum):
+    """The floating-point types in which the whole attribution can run."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+
+Dataset = Annotated[
+    str | None, typer.Option("--dataset", help="A built-in data set: digits or mnist.", rich_help_panel=_WHAT)
+]
+Model = Annotated[str, typer.Option("--model", help="A built-in model: mlp, lr or cnn.", rich_help_panel=_WHAT)]
+TaskFunction = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="MODULE:FUNCTION",
+        help="Your own: package.module:function or file.py:function, which returns (task, train, test).",
+        rich_help_panel=_WHAT,
+    ),
+]
+TestRows = Annotated[
+    str,
+    typer.Option(
+        "--test-rows",
+        metavar="ROWS",
+        help="Test rows to explain: 0:12, 3,17,99, errors (the misclassified ones), all, or several of these.",
+        rich_help_panel=_WHAT,
+    ),
+]
+LabelNoise = Annotated[
+    float,
+    typer.Option(
+        "--label-noise",
+        help="Share of built-in train labels made wrong on purpose before training.",
+        min=0.0,
+        max=1.0,
+        rich_help_panel=_WHAT,
+    ),
+]
+L2 = Annotated[
+    float, typer.Option("--l2", help="Weight decay of a built-in model's training.", min=0.0, rich_help_panel=_WHAT)
+]
+TrainSize = Annotated[
+    int | None,
+    typer.Option("--n-train", help="Use the first so many train rows of a built-in set.", rich_help_panel=_WHAT),
+]
+TestSize = Annotated[
+    int | None,
+    typer.Option("--n-test", help="Use the first so many test rows of a built-in set.", rich_help_panel=_WHAT),
+]
+Retrain = Annotated[
+    bool, typer.Option("--retrain", help="Train a built-in model again even if it is cached.", rich_help_panel=_WHAT)
+]
+
+Solver = Annotated[SolverName, typer.Option("--solver", help="How (C + λI)⁻¹ is applied.", rich_help_panel=_HOW)]
+Sketch = Annotated[
+    SketchName | None,
+    typer.Option("--sketch", help="Random projection of the sketched solver; default sjlt.", rich_help_panel=_HOW),
+]
+SketchSize = Annotated[
+    int | None,
+    typer.Option("--sketch-size", metavar="M", help="Its dimension; default 4096.", min=1, rich_help_panel=_HOW),
+]
+Damping = Annotated[
+    str,
+    typer.Option(
+        "--damping",
+        metavar="λ",
+        help="auto, a number, relative:C (C × mean eigenvalue) or dim:K (the λ with effective dimension K).",
+        rich_help_panel=_HOW,
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; default: the model's.", rich_help_panel=_HOW)
+]
+Dtype = Annotated[
+    DtypeName | None,
+    typer.Option("--dtype", help="Run the whole attribution in this type.", rich_help_panel=_HOW),
+]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", help="Rows a batch; changes no score.", min=1, rich_help_panel=_HOW)
+]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Memory that may be used, such as 8GB.", rich_help_panel=_HOW),
+]
+Seed = Annotated[
+    int, typer.Option("--seed", help="Of training, label noise and sketches.", min=0, rich_help_panel=_HOW)
+]
+
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results.", file_okay=False, rich_help_panel=_SHOW)]
+Top = Annotated[int, typer.Option("--top", help="Train rows listed for each test row.", min=1, rich_help_panel=_SHOW)]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Leave report.html out.", rich_help_panel=_SHOW)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=_SHOW)]
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug", help="Show the traceback of an error.", callback=remember_debug, is_eager=True, expose_value=False
+    ),
+]

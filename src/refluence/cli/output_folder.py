@@ -1,0 +1,85 @@
+"""The folder of the results: never somebody else's, and recognisable after a run that was cut off."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from refluence._version import __version__
+from refluence.errors import DataError
+
+MANIFEST, SCORES, TOP, REPORT = "manifest.json", "scores.zarr", "top.parquet", "report.html"
+_TOOL = "refluence"
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """`scores.zarr`, `top.parquet`, `report.html` and `manifest.json`, which marks the folder as ours."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> Path:
+        """All that determined the results."""
+        return self.path / MANIFEST
+
+    @property
+    def scores(self) -> Path:
+        """What `Scores.load` reads."""
+        return self.path / SCORES
+
+    @property
+    def top(self) -> Path:
+        """The most helpful and most harmful train rows of each test row."""
+        return self.path / TOP
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.path / REPORT
+
+    def check(self) -> None:
+        """Raise a DataError if something else made this folder; nothing is written."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise DataError(f"{self.path} is a file: give a folder with --out")
+        if any(self.path.iterdir()) and not self._ours():
+            raise DataError(f"{self.path} is not empty and was not made by refluence: give another folder with --out")
+
+    def begin(self, command: str) -> None:
+        """Mark the folder as ours and remove the results of an earlier run.
+
+        Raises:
+            DataError: something else made this folder.
+        """
+        self.check()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write({"status": "running", "command": command})
+        for old in (self.top, self.report):
+            old.unlink(missing_ok=True)
+        if self.scores.is_dir():
+            shutil.rmtree(self.scores)
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest of a complete run."""
+        files = [path.name for path in (self.scores, self.top, self.report) if path.exists()]
+        self._write({"status": "complete", **manifest, "files": files})
+
+    def _ours(self) -> bool:
+        try:
+            content = json.loads(self.manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(content, dict) and content.get("tool") == _TOOL
+
+    def _write(self, content: dict[str, Any]) -> None:
+        written = datetime.now(UTC).isoformat(timespec="seconds")
+        content = {"tool": _TOOL, "version": __version__, "written": written, **content}
+        temporary = self.manifest.with_suffix(".part")
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(self.manifest)

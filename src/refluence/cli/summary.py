@@ -1,0 +1,87 @@
+"""What is printed when a command is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from refluence.cli.explanation import Explanation
+from refluence.cli.output_folder import OutputFolder
+
+MAX_ROWS = 12
+
+
+def print_explanation(console: Console, explanation: Explanation, top: pd.DataFrame) -> None:
+    """What was computed and how, and the first of the train rows on both sides for up to twelve test rows."""
+    console.print(_facts(explanation))
+    console.print(_strongest(top))
+
+
+def print_files(console: Console, folder: OutputFolder) -> None:
+    """Where the results are, the report last."""
+    for path, meaning in (
+        (folder.scores, "all scores, for rf.Scores.load"),
+        (folder.top, "the most helpful and harmful train rows"),
+        (folder.manifest, "all that determined them"),
+        (folder.report, "open this in a browser"),
+    ):
+        if path.exists():
+            console.print(f"  {escape(str(path))}  [dim]{meaning}[/dim]", soft_wrap=True, highlight=False)
+
+
+def _facts(explanation: Explanation) -> Table:
+    influence, problem = explanation.influence, explanation.problem
+    n_test, n_train = explanation.scores.values.shape
+    table = Table(title=escape(problem.title), title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    lines: dict[str, str] = {"explained": f"{n_test:,} test rows by {n_train:,} train rows"}
+    if problem.benchmark is not None:
+        lines["test accuracy"] = f"{problem.benchmark.accuracy:.1%}"
+    lines |= {
+        "attributed": influence.coverage.summary,
+        "solver": str(influence.plan.solver),
+        "damping λ": _damping(influence.damping),
+        "effective dimension": _number(influence.effective_dimension),
+        "gradient norm": _number(influence.gradient_norm),
+        "time": ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in explanation.seconds.items()),
+    }
+    for name, value in lines.items():
+        table.add_row(name, escape(value))
+    return table
+
+
+def _strongest(top: pd.DataFrame) -> Table:
+    table = Table(title="strongest train rows (score)", title_justify="left", title_style="italic")
+    for column in ("test row", "most helpful", "most harmful"):
+        table.add_column(column, justify="right")
+    first = top[top["rank"] == top["rank"].min()]
+    tests = list(dict.fromkeys(first["test"]))
+    for test in tests[:MAX_ROWS]:
+        of_test = first[first["test"] == test].set_index("direction")
+        table.add_row(str(test), *(_entry(of_test, side) for side in ("helpful", "harmful")))
+    if len(tests) > MAX_ROWS:
+        table.caption = f"and {len(tests) - MAX_ROWS:,} more test rows"
+    return table
+
+
+def _entry(of_test: pd.DataFrame, direction: str) -> str:
+    if direction not in of_test.index:
+        return "—"
+    row = of_test.loc[direction]
+    return f"{row['train']}  ({row['score']:+.4g})"
+
+
+def _damping(damping: float | Mapping[str, float]) -> str:
+    if isinstance(damping, Mapping):
+        return f"{min(damping.values()):.4g} to {max(damping.values()):.4g} over {len(damping)} blocks"
+    return _number(damping)
+
+
+def _number(value: Any) -> str:
+    return "—" if value is None else f"{float(value):.4g}"
