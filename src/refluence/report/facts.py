@@ -1,0 +1,140 @@
+"""The facts at the top of the page: what was computed, and how far it can be trusted, in plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from refluence.report.formatting import count, number, percent, shorten
+
+Tone = Literal["plain", "good", "caution"]
+
+STATIONARY = 1e-3
+NEARLY_STATIONARY = 1e-1
+EXACT_SOLVERS = ("gram", "dense", "identity")
+MAX_COVERAGE_ROWS = 200
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One tile of the facts band."""
+
+    name: str
+    value: str
+    reading: str
+    tone: Tone = "plain"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the scores explain: `noun` as in "the loss would rise", `sentence` for the facts band."""
+
+    noun: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One parameter of the model, attributed or not."""
+
+    parameter: str
+    numel: int
+    kind: str
+    attributed: bool
+    reason: str
+
+
+def measured(task: Any) -> Measured:
+    """The measurement of a task in words."""
+    match task.measurement:
+        case None | "loss":
+            return Measured("loss", "the loss on each test example; lower is better")
+        case "margin":
+            return Measured("negative margin", "−log p/(1−p) of the label's class; lower is better")
+        case "logit":
+            return Measured("negative logit", "minus the logit of the label's class; lower is better")
+        case other:
+            name = shorten(getattr(other, "__name__", type(other).__name__), 40)
+            return Measured("measurement", f"the task's own “{name}”, read as lower is better")
+
+
+def facts(influence: Any, scores: Any) -> tuple[Fact, ...]:
+    """The facts band of a fit and its scores."""
+    return (
+        _coverage(influence),
+        Fact("Training examples", f"{influence.n_train:,}", "each one can be named as helpful or harmful"),
+        _exactness(influence, scores),
+        _damping(influence.damping),
+        _dimension(influence),
+        _convergence(float(influence.gradient_norm)),
+        Fact("Explains", measured(influence.task).noun, measured(influence.task).sentence),
+    )
+
+
+def coverage_rows(influence: Any) -> tuple[tuple[CoverageRow, ...], int]:
+    """The parameters with how each is attributed (at most 200), and how many there are."""
+    frame = influence.coverage.frame()
+    rows = tuple(
+        CoverageRow(
+            shorten(str(row["parameter"]), 120),
+            int(row["numel"]),
+            shorten(_text(row["kind"]), 40),
+            bool(row["attributed"]),
+            shorten(_text(row["reason"]), 200),
+        )
+        for row in frame.head(MAX_COVERAGE_ROWS).to_dict("records")
+    )
+    return rows, len(frame)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
+
+
+def _coverage(influence: Any) -> Fact:
+    done, total = int(influence.coverage.attributed), int(influence.coverage.total)
+    frame = influence.coverage.frame()
+    kinds = frame[frame["attributed"].astype(bool)].groupby("kind", sort=False)["numel"].sum()
+    by_kind = ", ".join(f"{shorten(str(kind), 24)} {int(numel):,}" for kind, numel in kinds.items())
+    if done == total:
+        return Fact("Parameters attributed", f"all {total:,}", f"by kind of block: {by_kind}", "good")
+    share = percent(done / total) if total else "—"
+    return Fact("Parameters attributed", f"{done:,} of {total:,}", f"{share}; {by_kind}", "caution")
+
+
+def _exactness(influence: Any, scores: Any) -> Fact:
+    solver = shorten(str(influence.plan.solver), 60)
+    if scores.error is not None:
+        return Fact("Solver", solver, "approximate: each score has a 95 % interval")
+    if solver.lower().startswith(EXACT_SOLVERS):
+        return Fact("Solver", solver, "exact for this curvature and damping", "good")
+    return Fact("Solver", solver, "no error bars: how far the scores are off is not known", "caution")
+
+
+def _damping(damping: float | Mapping[str, float]) -> Fact:
+    if isinstance(damping, Mapping):
+        low, high = min(damping.values()), max(damping.values())
+        return Fact("Damping λ", f"{number(low)} to {number(high)}", f"over {count(len(damping), 'block')}")
+    reading = "directions of lower curvature than this are held back" if damping > 0 else "none"
+    return Fact("Damping λ", f"{float(damping):.3g}".replace("e-0", "e-"), reading)
+
+
+def _dimension(influence: Any) -> Fact:
+    name = "Effective dimension"
+    dimension = influence.effective_dimension
+    if dimension is None or not math.isfinite(float(dimension)):
+        return Fact(name, "—", "not defined for this solver")
+    most = min(int(influence.coverage.attributed), int(influence.n_train))
+    return Fact(name, number(float(dimension)), f"directions that the data determine, of at most {most:,}")
+
+
+def _convergence(norm: float) -> Fact:
+    name = "Gradient at the model"
+    if norm <= STATIONARY:
+        return Fact(name, number(norm), "converged: scores assume a point where training stands still", "good")
+    if norm <= NEARLY_STATIONARY:
+        return Fact(name, number(norm), "nearly converged; scores assume that training stands still")
+    reading = "not converged: scores assume that training stands still, so read them as directions"
+    return Fact(name, number(norm), reading, "caution")
