@@ -1,0 +1,207 @@
+"""Ordered batches of a data set with stable row ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
+
+from refluence.errors import DataError
+
+DEFAULT_BATCH_SIZE = 256
+
+Data = Any
+Batch = Any
+
+
+def tree_map(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """`function` on every tensor of a nested tuple, list or mapping; other leaves pass through."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: tree_map(function, value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(tree_map(function, value) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(tree_map(function, value) for value in batch)
+    return batch
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """Every tensor of a batch, in order."""
+    found: list[Tensor] = []
+    tree_map(lambda tensor: found.append(tensor) or tensor, batch)  # type: ignore[func-returns-value]
+    return found
+
+
+def rows_of(batch: Batch) -> int:
+    """The number of examples of a batch.
+
+    Raises:
+        DataError: no tensor, or tensors that disagree about their first dimension.
+    """
+    tensors = tensors_of(batch)
+    if not tensors:
+        raise DataError(f"a batch of type {type(batch).__name__} holds no tensor: give tuples or dicts of tensors")
+    if any(tensor.ndim == 0 for tensor in tensors) or len({tensor.shape[0] for tensor in tensors}) > 1:
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        raise DataError(
+            f"the tensors of a batch must have the examples in their first dimension, all as many; shapes are {shapes}"
+        )
+    return tensors[0].shape[0]
+
+
+def slice_rows(batch: Batch, start: int, stop: int) -> Batch:
+    """Rows [start, stop) of a batch."""
+    return tree_map(lambda tensor: tensor[start:stop], batch)
+
+
+class Batches:
+    """A data set as ordered batches: iterating yields (first row, batch), always the same rows in the same order.
+
+    Args:
+        data: a `Dataset` with a length, a tensor, a tuple or mapping of tensors, or an unshuffled `DataLoader`.
+        batch_size: rows a batch (a `DataLoader` keeps its own); default 256.
+        device, dtype: where the batches go, and the floating-point type they are cast to; None leaves them.
+        name: what error messages call the data.
+
+    Raises:
+        DataError: a shuffling loader, data without a length, an empty set, or rows that change between two passes.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        batch_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        name: str = "data",
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise DataError(f"batch_size must be at least 1, not {batch_size}")
+        self.name = name
+        self.batch_size = batch_size or DEFAULT_BATCH_SIZE
+        self.device, self.dtype = device, dtype
+        self._checksum: tuple[str, str] | None = None
+        self._tensors: Batch | None = None
+        self._loader: DataLoader | None = None
+        if isinstance(data, DataLoader):
+            self._loader = _checked_loader(data, name)
+            self.batch_size = data.batch_size or self.batch_size
+            self.n = len(data.dataset)  # type: ignore[arg-type]
+        elif isinstance(data, TensorDataset):
+            self._tensors, self.n = data.tensors, len(data)
+        elif isinstance(data, (Tensor, tuple, Mapping)) or (isinstance(data, list) and tensors_of(data)):
+            self._tensors = (data,) if isinstance(data, Tensor) else data
+            self.n = rows_of(self._tensors)
+        else:
+            self._loader = DataLoader(_checked_dataset(data, name), batch_size=self.batch_size, shuffle=False)
+            self.n = len(data)
+        if self.n == 0:
+            raise DataError(f"the {name} is empty: give at least one example")
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return -(-self.n // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        """(first row, batch) over the whole set."""
+        start, first, last = 0, "", ""
+        for batch in self._raw():
+            count = rows_of(batch)
+            if start == 0:
+                first = _hash(batch)
+            if start + count >= self.n:
+                last = _hash(batch)
+            yield start, self._placed(batch)
+            start += count
+        if start != self.n:
+            raise DataError(f"the {self.name} gave {start} rows but its length is {self.n}: no rows may be dropped")
+        self._compare((first, last))
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """One batch of the given rows, in the given order."""
+        rows = [int(row) for row in rows]
+        if self._tensors is not None:
+            index = torch.as_tensor(rows)
+            return self._placed(tree_map(lambda tensor: tensor[index.to(tensor.device)], self._tensors))
+        assert self._loader is not None
+        collate = self._loader.collate_fn or default_collate
+        return self._placed(collate([self._loader.dataset[row] for row in rows]))
+
+    @property
+    def checksum(self) -> str:
+        """A checksum of the length and of the first and last rows; the same for every batch size."""
+        size = min(32, self.n)
+        ends = (self.select(range(size)), self.select(range(self.n - size, self.n)))
+        return hashlib.sha256(":".join([str(self.n), *map(_hash, ends)]).encode()).hexdigest()
+
+    def _raw(self) -> Iterator[Batch]:
+        if self._tensors is not None:
+            for start in range(0, self.n, self.batch_size):
+                yield slice_rows(self._tensors, start, start + self.batch_size)
+        else:
+            assert self._loader is not None
+            yield from self._loader
+
+    def _placed(self, batch: Batch) -> Batch:
+        def place(tensor: Tensor) -> Tensor:
+            dtype = self.dtype if tensor.is_floating_point() else None
+            return tensor.to(device=self.device, dtype=dtype)
+
+        return batch if self.device is None and self.dtype is None else tree_map(place, batch)
+
+    def _compare(self, checksum: tuple[str, str]) -> None:
+        if self._checksum is None:
+            self._checksum = checksum
+        elif checksum != self._checksum:
+            which = "first" if checksum[0] != self._checksum[0] else "last"
+            raise DataError(
+                f"the rows of the {self.name} changed between two passes (the {which} batch differs): "
+                "turn off random augmentation and shuffling, or store the transformed rows once"
+            )
+
+
+def _hash(batch: Batch) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors_of(batch):
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        values = tensor.detach().cpu().contiguous()
+        digest.update(values.view(torch.uint8).numpy().tobytes() if values.numel() else b"")
+    return digest.hexdigest()
+
+
+def _checked_dataset(data: Any, name: str) -> Dataset:
+    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise DataError(
+            f"the {name} ({type(data).__name__}) has no length or no rows by index, so its examples have no stable "
+            "ids: give a map-style Dataset, a tuple of tensors, or an unshuffled DataLoader"
+        )
+    return data
+
+
+def _checked_loader(loader: DataLoader, name: str) -> DataLoader:
+    _checked_dataset(loader.dataset, name)
+    batch_sampler = loader.batch_sampler
+    sampler = getattr(batch_sampler, "sampler", loader.sampler)
+    if type(sampler) is not SequentialSampler or not (batch_sampler is None or type(batch_sampler) is BatchSampler):
+        culprit = type(sampler if type(sampler) is not SequentialSampler else batch_sampler).__name__
+        raise DataError(
+            f"the {name} loader draws its rows with {culprit}, so row ids would not be those of the data set: "
+            "use DataLoader(dataset, shuffle=False)"
+        )
+    if loader.drop_last:
+        raise DataError(f"the {name} loader has drop_last=True, which loses examples: use drop_last=False")
+    return loader

@@ -1,0 +1,259 @@
+"""Per-example gradients of some parameters for a batch, and the operations that every stage uses.
+
+A block is n gradients of length d. What is kept may be far smaller than n·d numbers; no caller needs to know.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 23
+
+
+class Projection(Protocol):
+    """What a block needs of a sketch: chunks of columns are added to the result in any order."""
+
+    m: int
+    chunk_rows: int
+    chunk_columns: int
+
+    def accumulate(self, out: Float[Tensor, "n m"], columns: Float[Tensor, "n c"], start: int) -> None:
+        """Add `columns` @ P[:, start : start + c]ᵀ to `out`."""
+        ...
+
+
+class GradientBlock(ABC):
+    """n per-example gradients of length d."""
+
+    n: int
+    d: int
+
+    @abstractmethod
+    def write(self, out: Float[Tensor, "n d"]) -> None:
+        """Write the gradients into `out`, which may be strided."""
+
+    @abstractmethod
+    def chunks(self, columns: int) -> Iterator[tuple[int, Float[Tensor, "n c"]]]:
+        """(first column, gradients of about `columns` columns), covering all; the bounds do not depend on n."""
+
+    @abstractmethod
+    def add_gram(self, out: Float[Tensor, "n m"], other: GradientBlock) -> None:
+        """Add the inner products with the gradients of `other` to `out`, computed in the dtype of `out`."""
+
+    @abstractmethod
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        """‖g‖² of every example, in float64."""
+
+    @abstractmethod
+    def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "n k"]:
+        """Inner products of every gradient with k vectors."""
+
+    @abstractmethod
+    def rmatvec(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "d k"]:
+        """k weighted sums of the gradients."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> GradientBlock:
+        """The gradients of examples [start, stop)."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[Tensor]:
+        """What is kept in memory."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the gradients have when formed."""
+        return next(tensor.dtype for tensor in self.tensors() if tensor.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return next(self.tensors()).device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept in memory."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def dense(self) -> Float[Tensor, "n d"]:
+        """The gradients as rows."""
+        out = torch.empty(self.n, self.d, dtype=self.dtype, device=self.device)
+        self.write(out)
+        return out
+
+    def gram(self, other: GradientBlock, dtype: torch.dtype = torch.float64) -> Float[Tensor, "n m"]:
+        """Inner products with the gradients of `other`, computed in `dtype`."""
+        out = torch.zeros(self.n, other.n, dtype=dtype, device=self.device)
+        self.add_gram(out, other)
+        return out
+
+    def sketch(self, projection: Projection) -> Float[Tensor, "n m"]:
+        """Every gradient projected: G Pᵀ."""
+        out = torch.zeros(self.n, projection.m, dtype=self.dtype, device=self.device)
+        self.add_sketch(out, projection, 0)
+        return out
+
+    def add_sketch(self, out: Float[Tensor, "n m"], projection: Projection, offset: int) -> None:
+        """Add G P[:, offset : offset + d]ᵀ to `out`."""
+        for first in range(0, self.n, projection.chunk_rows):
+            last = min(first + projection.chunk_rows, self.n)
+            for start, columns in self.rows(first, last).chunks(projection.chunk_columns):
+                projection.accumulate(out[first:last], columns, offset + start)
+
+    def inner_product_work(self) -> float:
+        """Multiply-adds of one inner product of two gradients."""
+        return float(self.d)
+
+    def nonfinite_row(self) -> int | None:
+        """The first example with a NaN or Inf, None where all is finite."""
+        for tensor in self.tensors():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                bad = ~torch.isfinite(tensor.reshape(self.n, -1)).all(dim=1)
+                return int(bad.nonzero()[0])
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class DenseBlock(GradientBlock):
+    """Gradients kept as rows."""
+
+    values: Float[Tensor, "n d"]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n", self.values.shape[0])
+        object.__setattr__(self, "d", self.values.shape[1])
+
+    def write(self, out: Float[Tensor, "n d"]) -> None:
+        """Write the gradients into `out`."""
+        out.copy_(self.values)
+
+    def dense(self) -> Float[Tensor, "n d"]:
+        """The gradients as rows."""
+        return self.values
+
+    def chunks(self, columns: int) -> Iterator[tuple[int, Float[Tensor, "n c"]]]:
+        """(first column, gradients of `columns` columns)."""
+        for start in range(0, self.d, columns):
+            yield start, self.values[:, start : start + columns]
+
+    def add_gram(self, out: Float[Tensor, "n m"], other: GradientBlock) -> None:
+        """Add the inner products with the gradients of `other` to `out`."""
+        add_dense_gram(out, self, other)
+
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        """‖g‖² of every example."""
+        total = torch.zeros(self.n, dtype=torch.float64, device=self.device)
+        for _, columns in self.chunks(max(1, CHUNK_ELEMENTS // max(1, self.n))):
+            total += columns.double().square().sum(dim=1)
+        return total
+
+    def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "n k"]:
+        """Inner products of every gradient with k vectors."""
+        return self.values.to(vectors.dtype) @ vectors
+
+    def rmatvec(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "d k"]:
+        """k weighted sums of the gradients."""
+        return self.values.to(weights.dtype).T @ weights
+
+    def rows(self, start: int, stop: int) -> DenseBlock:
+        """The gradients of examples [start, stop)."""
+        return DenseBlock(self.values[start:stop])
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What is kept in memory."""
+        yield self.values
+
+
+def add_dense_gram(out: Float[Tensor, "n m"], left: GradientBlock, right: GradientBlock) -> None:
+    """Add the inner products to `out` by forming both sides, some columns at a time."""
+    columns = max(1, CHUNK_ELEMENTS // max(left.n, right.n))
+    if type(left) is not type(right):
+        left, right = DenseBlock(left.dense()), DenseBlock(right.dense())
+    for (start, x), (also, y) in zip(left.chunks(columns), right.chunks(columns), strict=True):
+        assert start == also, "chunks of two blocks of the same parameters have the same bounds"
+        out.addmm_(x.to(out.dtype), y.to(out.dtype).T)
+
+
+@dataclass(frozen=True, eq=False)
+class JointBlock(GradientBlock):
+    """Several blocks side by side; `columns[i]` says where each stretch of block i's columns goes in the whole.
+
+    A stretch is (first column in the block, length, first column in the whole): weight and bias of one layer are one
+    block, but need not be neighbours in the model's order of parameters.
+    """
+
+    blocks: tuple[GradientBlock, ...]
+    columns: tuple[tuple[tuple[int, int, int], ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n", self.blocks[0].n)
+        object.__setattr__(self, "d", sum(block.d for block in self.blocks))
+
+    def write(self, out: Float[Tensor, "n d"]) -> None:
+        """Write the gradients into `out`."""
+        for block, stretches in zip(self.blocks, self.columns, strict=True):
+            if _contiguous(stretches):
+                block.write(out[:, stretches[0][2] : stretches[0][2] + block.d])
+                continue
+            values = block.dense()
+            for own, length, whole in stretches:
+                out[:, whole : whole + length] = values[:, own : own + length]
+
+    def chunks(self, columns: int) -> Iterator[tuple[int, Float[Tensor, "n c"]]]:
+        """(first column, gradients of about `columns` columns)."""
+        for block, stretches in zip(self.blocks, self.columns, strict=True):
+            for start, values in block.chunks(columns):
+                for own, length, whole in stretches:
+                    first, last = max(own, start), min(own + length, start + values.shape[1])
+                    if first < last:
+                        yield whole + first - own, values[:, first - start : last - start]
+
+    def add_gram(self, out: Float[Tensor, "n m"], other: GradientBlock) -> None:
+        """Add the inner products with the gradients of `other` to `out`."""
+        assert isinstance(other, JointBlock)
+        for mine, theirs in zip(self.blocks, other.blocks, strict=True):
+            mine.add_gram(out, theirs)
+
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        """‖g‖² of every example."""
+        return torch.stack([block.squared_norms() for block in self.blocks]).sum(dim=0)
+
+    def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "n k"]:
+        """Inner products of every gradient with k vectors."""
+        total = torch.zeros(self.n, vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+        for block, stretches in zip(self.blocks, self.columns, strict=True):
+            total += block.matvec(torch.cat([vectors[whole : whole + length] for _, length, whole in stretches]))
+        return total
+
+    def rmatvec(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "d k"]:
+        """k weighted sums of the gradients."""
+        out = torch.empty(self.d, weights.shape[1], dtype=weights.dtype, device=weights.device)
+        for block, stretches in zip(self.blocks, self.columns, strict=True):
+            sums = block.rmatvec(weights)
+            for own, length, whole in stretches:
+                out[whole : whole + length] = sums[own : own + length]
+        return out
+
+    def rows(self, start: int, stop: int) -> JointBlock:
+        """The gradients of examples [start, stop)."""
+        return JointBlock(tuple(block.rows(start, stop) for block in self.blocks), self.columns)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What is kept in memory."""
+        for block in self.blocks:
+            yield from block.tensors()
+
+    def inner_product_work(self) -> float:
+        """Multiply-adds of one inner product of two gradients."""
+        return sum(block.inner_product_work() for block in self.blocks)
+
+
+def _contiguous(stretches: Sequence[tuple[int, int, int]]) -> bool:
+    return all(whole - own == stretches[0][2] - stretches[0][0] for own, _, whole in stretches)

@@ -1,0 +1,207 @@
+"""From recorded uses and their output gradients to gradient blocks.
+
+An output's leading dimensions hold the examples and their positions in one of a few layouts; which one is found
+by trial against single-example gradients (`capture.py`), never assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from refluence.gradients.blocks import DenseBlock, GradientBlock
+from refluence.gradients.factors import Dense, OneHot, Patches
+from refluence.gradients.outer import OuterBlock, Term, merged
+from refluence.gradients.recorder import Slice, Use
+
+LAYOUTS = ("first", "second", "batch-major", "batch-minor")
+MATRIX_KINDS = ("linear", "matmul", "conv", "embedding")
+
+
+class LayoutError(ValueError):
+    """A tensor whose shape does not fit the layout."""
+
+
+def arrange(values: Tensor, layout: str, n: int, leading: int) -> Float[Tensor, "n t ..."]:
+    """Bring (leading dimensions..., rest...) to (n examples, t positions, rest...)."""
+    lead, rest = values.shape[:leading], values.shape[leading:]
+    if layout == "first" and leading >= 1 and lead[0] == n:
+        return values.reshape(n, lead[1:].numel(), *rest)
+    if layout == "second" and leading >= 2 and lead[1] == n:
+        return values.movedim(1, 0).reshape(n, lead[:1].numel() * lead[2:].numel(), *rest)
+    if layout.startswith("batch-") and leading >= 1 and lead[0] > n and lead[0] % n == 0:
+        k = lead[0] // n
+        if layout == "batch-major":
+            return values.reshape(n, k * lead[1:].numel(), *rest)
+        return values.reshape(k, n, *lead[1:], *rest).movedim(1, 0).reshape(n, k * lead[1:].numel(), *rest)
+    raise LayoutError(f"{tuple(values.shape)} is not in layout {layout!r} of {n} examples")
+
+
+def _padded(values: Float[Tensor, "n t k"], piece: Slice) -> Float[Tensor, "n t r"]:
+    """Gradients of a stretch of rows, with zeros for the parameter's other rows."""
+    if piece.whole:
+        return values
+    return torch.nn.functional.pad(values, (piece.start, piece.rows - piece.stop))
+
+
+def _leading(use: Use) -> int:
+    """How many leading dimensions of the output are examples and positions."""
+    if use.kind in ("conv", "channel"):
+        return 1
+    return len(use.output_shape) - 1
+
+
+def _term(use: Use, error: Tensor, layout: str, n: int) -> Term:
+    """The outer products of one use of a weight matrix; `error` is the gradient of its output."""
+    assert use.weight is not None
+    leading = _leading(use)
+    if use.kind == "conv":
+        images = arrange(use.inputs, layout, n, 1)
+        options = use.options
+        patches = Patches(images, options["kernel"], options["stride"], options["dilation"], options["padding"])
+        return Term(Dense(_conv_error(error, layout, n)), patches)
+    e = arrange(error, layout, n, leading)
+    if use.kind == "embedding":
+        index = arrange(use.inputs, layout, n, leading)
+        if (padding := use.options["padding"]) is not None:
+            e = e * (index != padding)[..., None]
+        return Term(OneHot(index + use.weight.start, use.weight.rows, e.dtype), Dense(e))
+    a = arrange(use.inputs, layout, n, leading)
+    if use.kind == "matmul":
+        return Term(Dense(_padded(a, use.weight)), Dense(e))
+    return Term(Dense(_padded(e, use.weight)), Dense(a))
+
+
+def _conv_error(error: Tensor, layout: str, n: int) -> Float[Tensor, "n t c"]:
+    e = arrange(error if error.ndim > 2 else error[..., None], layout, n, 1)
+    return e.flatten(3).transpose(2, 3).reshape(n, -1, error.shape[1])
+
+
+def _grouped_conv(use: Use, error: Tensor, layout: str, n: int) -> Float[Tensor, "n d"]:
+    """A grouped convolution's gradients as rows: with few parameters a position, rows are smaller than factors."""
+    groups = use.options["groups"]
+    images = arrange(use.inputs, layout, n, 1)
+    parts = images.unflatten(2, (groups, -1)).unbind(2)
+    errors = _conv_error(error, layout, n).unflatten(2, (groups, -1)).unbind(2)
+    options = use.options
+    rows = []
+    for part, e in zip(parts, errors, strict=True):
+        patches = Patches(part, options["kernel"], options["stride"], options["dilation"], options["padding"])
+        rows.append(torch.bmm(e.transpose(1, 2), patches.vectors()).flatten(1))
+    return torch.cat(rows, dim=1)
+
+
+def _scale(use: Use, error: Tensor, shape: Sequence[int], layout: str, n: int) -> Float[Tensor, "n d"]:
+    """Σ_t error ∘ input, for a parameter that multiplies elementwise, along channels or trailing dimensions."""
+    inputs = use.inputs.expand_as(error) if use.inputs.ndim <= error.ndim else use.inputs
+    return _shift(use, error * inputs, shape, layout, n)
+
+
+def _shift(use: Use, error: Tensor, shape: Sequence[int], layout: str, n: int) -> Float[Tensor, "n d"]:
+    """Σ_t error, for a parameter of `shape` that is added, along channels or trailing dimensions."""
+    if use.kind in ("conv", "channel"):
+        return _conv_error(error, layout, n).sum(dim=1)
+    if use.kind in MATRIX_KINDS:
+        return arrange(error, layout, n, _leading(use)).sum(dim=1)
+    aligned = [1] * (error.ndim - len(shape)) + list(shape)
+    summed = [dim for dim, size in enumerate(aligned) if size == 1 and dim > 1]
+    if summed:
+        error = error.sum(dim=summed, keepdim=True)
+    return _broadcast_sum(error, aligned, layout, n)
+
+
+def _broadcast_sum(error: Tensor, aligned: Sequence[int], layout: str, n: int) -> Float[Tensor, "n d"]:
+    """Per-example sums over the first two dimensions where the parameter has size one."""
+    if layout == "second":
+        error, aligned = error.transpose(0, 1), [aligned[1], aligned[0], *aligned[2:]]
+    elif layout != "first":
+        if aligned[0] != 1:
+            raise LayoutError("the parameter varies over the flattened examples")
+        return arrange(error, layout, n, 1).sum(dim=1).flatten(1)
+    if error.shape[0] != n or aligned[0] != 1:
+        raise LayoutError("the first dimension is not that of the examples")
+    if len(aligned) > 1 and aligned[1] == 1 and error.ndim > 1:
+        error = error.sum(dim=1, keepdim=True)
+    return error.reshape(n, -1)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Which parameters one block holds: a weight, its bias, or both as one."""
+
+    weight: str | None
+    bias: str | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters, in the order of the block's columns."""
+        return tuple(name for name in (self.weight, self.bias) if name is not None)
+
+
+def is_outer(uses: Sequence[Use], weight: str) -> bool:
+    """Whether the gradient of `weight` is a sum of outer products that is worth keeping as factors."""
+    mine = [use for use in uses if use.weight is not None and use.weight.name == weight]
+    return bool(mine) and all(use.kind in MATRIX_KINDS and use.options.get("groups", 1) == 1 for use in mine)
+
+
+def extract(
+    owner: Owner,
+    uses: Sequence[Use],
+    errors: Sequence[Tensor],
+    shapes: dict[str, torch.Size],
+    layout: str,
+    n: int,
+) -> GradientBlock:
+    """The gradients of `owner`'s parameters.
+
+    Raises:
+        LayoutError: the shapes do not fit the layout.
+    """
+    pairs = list(zip(uses, errors, strict=True))
+    if owner.weight is None:
+        assert owner.bias is not None
+        return DenseBlock(_sum_of_shifts(owner.bias, pairs, shapes, layout, n))
+    mine = [(use, error) for use, error in pairs if use.weight is not None and use.weight.name == owner.weight]
+    if not mine:
+        raise LayoutError(f"no gradient reached {owner.weight}")
+    if not is_outer(uses, owner.weight):
+        rows = None
+        for use, error in mine:
+            assert use.weight is not None
+            if use.kind in MATRIX_KINDS and use.kind != "conv":
+                term = OuterBlock((_term(use, error, layout, n),))
+                part = term.dense()
+            elif use.kind == "conv":
+                part = _grouped_conv(use, error, layout, n)
+            else:
+                part = _scale(use, error, shapes[owner.weight], layout, n)
+            rows = part if rows is None else rows + part
+        assert rows is not None
+        return DenseBlock(rows)
+    block = OuterBlock(merged([_term(use, error, layout, n) for use, error in mine]), owner.bias is not None)
+    return block if _worth_factors(block) else DenseBlock(block.dense())
+
+
+def _worth_factors(block: OuterBlock) -> bool:
+    """Whether the factors take less memory than the rows that they make."""
+    return sum(tensor.numel() for tensor in block.tensors()) < block.n * block.d
+
+
+def _sum_of_shifts(
+    bias: str, pairs: Sequence[tuple[Use, Tensor]], shapes: dict[str, torch.Size], layout: str, n: int
+) -> Float[Tensor, "n d"]:
+    total: Tensor | None = None
+    for use, error in pairs:
+        if use.bias is None or use.bias.name != bias:
+            continue
+        part = _shift(use, error, shapes[bias], layout, n)
+        if not use.bias.whole:
+            part = torch.nn.functional.pad(part, (use.bias.start, use.bias.rows - use.bias.stop))
+        total = part if total is None else total + part
+    if total is None:
+        raise LayoutError(f"no gradient reached {bias}")
+    return total

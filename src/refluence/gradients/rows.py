@@ -1,0 +1,94 @@
+"""The per-example gradients of a whole data set, as blocks batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from refluence.batches import Batches
+from refluence.gradients.blocks import JointBlock
+from refluence.gradients.capture import Capture
+from refluence.gradients.functional import Objective
+from refluence.progress import track
+
+BlocksOfBatch = dict[str, JointBlock]
+
+
+class GradientRows:
+    """Gradients of a data set: kept in memory after the first pass where they fit, else made again at each pass.
+
+    Args:
+        capture: makes the gradients.
+        batches: the data set.
+        objective: what is differentiated: `capture.loss` or `capture.measurement`.
+        memory: bytes that may be kept.
+        progress: whether passes show a bar.
+    """
+
+    def __init__(
+        self, capture: Capture, batches: Batches, objective: Objective, memory: int, progress: bool = True
+    ) -> None:
+        self.capture, self.batches, self.objective = capture, batches, objective
+        self.memory, self.progress = memory, progress
+        self.n = batches.n
+        self.groups = tuple(capture.groups)
+        self._kept: list[tuple[int, BlocksOfBatch]] | None = None
+        self._fits = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are made."""
+        return next(iter(self.capture.parameters.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the gradients."""
+        return next(iter(self.capture.parameters.values())).dtype
+
+    def dimension(self, group: str) -> int:
+        """d of a group."""
+        return sum(self.capture.shapes[name].numel() for name in self.capture.groups[group])
+
+    @property
+    def kept(self) -> bool:
+        """Whether further passes cost nothing."""
+        return self._kept is not None
+
+    def __iter__(self) -> Iterator[tuple[int, BlocksOfBatch]]:
+        """(first row, group → gradients) for each batch."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        keeping: list[tuple[int, BlocksOfBatch]] | None = [] if self._fits else None
+        used = 0
+        passes = track(
+            self.capture.gradients(self.batches, self.objective),
+            f"gradients of {self.batches.name}",
+            len(self.batches),
+            self.progress,
+        )
+        for start, blocks in passes:
+            if keeping is not None:
+                used += sum(block.nbytes for block in blocks.values())
+                keeping.append((start, blocks))
+                if used > self.memory:
+                    keeping, self._fits = None, False
+            yield start, blocks
+        self._kept = keeping
+
+    def tiles(self) -> Iterator[list[tuple[int, BlocksOfBatch]]]:
+        """The gradients in stretches that fit the memory together; one stretch where all fit."""
+        if self._kept is not None:
+            yield self._kept
+            return
+        tile: list[tuple[int, BlocksOfBatch]] = []
+        used = 0
+        for start, blocks in self:
+            size = sum(block.nbytes for block in blocks.values())
+            if tile and used + size > self.memory:
+                yield tile
+                tile, used = [], 0
+            tile.append((start, blocks))
+            used += size
+        yield tile

@@ -1,0 +1,214 @@
+"""Scores: which training examples helped and hurt each test example, and how sure that is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import zarr
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+
+from refluence._version import __version__
+from refluence.errors import DataError
+
+FORMAT = "refluence-scores-1"
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """τ_λ(g_test_i, g_train_j) for every pair; positive = helpful: removing j raises the loss of i by about score/n.
+
+    Attributes:
+        values: (n_test, n_train); columns are groups of train rows where the scores were summed by group.
+        n_train: n of the training set.
+        train_ids, test_ids: row ids (or group names) of the columns and rows.
+        error: standard error of every value from the approximation used; None where the values are exact.
+        target_damping: the damping κ that the values estimate; a dict block → κ where blocks differ.
+        manifest: versions, seeds, λ, d_λ, fingerprints.
+    """
+
+    values: Float[Tensor, "k n"]
+    n_train: int
+    train_ids: NDArray = field(default=None)  # type: ignore[assignment]
+    test_ids: NDArray = field(default=None)  # type: ignore[assignment]
+    error: Float[Tensor, "k n"] | None = None
+    target_damping: float | dict[str, float] | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        k, n = self.values.shape
+        for name, size in (("test_ids", k), ("train_ids", n)):
+            ids = getattr(self, name)
+            ids = np.arange(size) if ids is None else np.asarray(ids)
+            if ids.shape != (size,):
+                raise DataError(f"{name} must have one id for each of {size} rows, not shape {ids.shape}")
+            object.__setattr__(self, name, ids)
+        if self.error is not None and self.error.shape != self.values.shape:
+            raise DataError(f"error has shape {tuple(self.error.shape)}, the values {tuple(self.values.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n_test, n_train)."""
+        return tuple(self.values.shape)  # type: ignore[return-value]
+
+    @property
+    def predicted_loo_change(self) -> Float[Tensor, "k n"]:
+        """Predicted change of each test measurement if the train example were removed: scores / n."""
+        return self.values / self.n_train
+
+    def interval(self, confidence: float = 0.95) -> tuple[Float[Tensor, "k n"], Float[Tensor, "k n"]]:
+        """(lower, upper) normal intervals of the values; both are the values where they are exact.
+
+        Raises:
+            DataError: a confidence outside (0, 1).
+        """
+        if not 0 < confidence < 1:
+            raise DataError(f"confidence must lie between 0 and 1, not {confidence!r}")
+        if self.error is None:
+            return self.values, self.values
+        half = float(stats.norm.ppf(0.5 + confidence / 2)) * self.error
+        return self.values - half, self.values + half
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The k most helpful train examples of every test example, the most helpful first."""
+        return self._extremes(k, largest=True)
+
+    def bottom(self, k: int = 10) -> pd.DataFrame:
+        """The k most harmful train examples of every test example, the most harmful first."""
+        return self._extremes(k, largest=False)
+
+    def _extremes(self, k: int, largest: bool) -> pd.DataFrame:
+        if not isinstance(k, int) or k < 1:
+            raise DataError(f"k must be an integer of at least 1, not {k!r}")
+        k = min(k, self.values.shape[1])
+        values, columns = torch.topk(self.values, k, dim=1, largest=largest)
+        rows = np.repeat(np.arange(self.values.shape[0]), k)
+        chosen = columns.cpu().numpy().reshape(-1)
+        return self._frame(rows, chosen, np.tile(np.arange(1, k + 1), self.values.shape[0]))
+
+    def _frame(self, rows: NDArray, columns: NDArray, rank: NDArray | None) -> pd.DataFrame:
+        picked = (torch.as_tensor(rows), torch.as_tensor(columns))
+        score = self.values.cpu()[picked].numpy()
+        error = np.full(score.shape, np.nan) if self.error is None else self.error.cpu()[picked].numpy()
+        content: dict[str, NDArray] = {"test": self.test_ids[rows]}
+        if rank is not None:
+            content["rank"] = rank
+        content |= {
+            "train": self.train_ids[columns],
+            "score": score,
+            "error": error,
+            "predicted_loo_change": score / self.n_train,
+        }
+        return pd.DataFrame(content)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Every pair: test, train, score, error (NaN where exact), predicted_loo_change."""
+        k, n = self.values.shape
+        return self._frame(np.repeat(np.arange(k), n), np.tile(np.arange(n), k), None)
+
+    def to_parquet(self, path: str | Path) -> Path:
+        """`to_frame` as a parquet file, some test rows at a time."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = Path(path)
+        n = self.values.shape[1]
+        step = max(1, (1 << 21) // n)
+        writer = None
+        try:
+            for first in range(0, self.values.shape[0], step):
+                last = min(first + step, self.values.shape[0])
+                frame = self._frame(np.repeat(np.arange(first, last), n), np.tile(np.arange(n), last - first), None)
+                table = pa.Table.from_pandas(frame, preserve_index=False)
+                writer = writer or pq.ParquetWriter(path, table.schema)
+                writer.write_table(table)
+        finally:
+            if writer is not None:
+                writer.close()
+        return path
+
+    def rows(self, tests: Sequence[int]) -> Scores:
+        """The scores of some test rows, by position."""
+        index = torch.as_tensor(list(tests), device=self.values.device)
+        return Scores(
+            self.values[index],
+            self.n_train,
+            self.train_ids,
+            self.test_ids[index.cpu().numpy()],
+            None if self.error is None else self.error[index],
+            self.target_damping,
+            self.manifest,
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write a zarr group with the values, errors and ids, and the manifest as its attributes and as JSON.
+
+        An existing directory is replaced only if it holds scores.
+
+        Raises:
+            DataError: the path holds something else.
+        """
+        path = Path(path)
+        if path.exists() and not (path / "manifest.json").exists():
+            raise DataError(f"{path} exists and holds no scores: choose another path")
+        group = zarr.open_group(str(path), mode="w")
+        arrays = {"values": self.values.cpu().numpy(), "train_ids": self.train_ids, "test_ids": self.test_ids}
+        if self.error is not None:
+            arrays["error"] = self.error.cpu().numpy()
+        for name, array in arrays.items():
+            if array.dtype.kind in "OU":
+                group.attrs[name] = [str(item) for item in array]
+            else:
+                group.create_array(name, data=array)
+        manifest = {
+            **self.manifest,
+            "format": FORMAT,
+            "refluence": __version__,
+            "n_train": self.n_train,
+            "target_damping": self.target_damping,
+        }
+        group.attrs["manifest"] = manifest
+        (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: the path holds no scores, or of another format.
+        """
+        path = Path(path)
+        if not (path / "manifest.json").exists():
+            raise DataError(f"{path} holds no scores: it should be a directory that Scores.save wrote")
+        group: Any = zarr.open_group(str(path), mode="r")
+        manifest = dict(group.attrs["manifest"])
+        if manifest.get("format") != FORMAT:
+            raise DataError(f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT!r}")
+
+        def array(name: str) -> NDArray:
+            return np.asarray(group.attrs[name]) if name in group.attrs else group[name][...]
+
+        return cls(
+            torch.from_numpy(array("values")),
+            int(manifest["n_train"]),
+            array("train_ids"),
+            array("test_ids"),
+            torch.from_numpy(array("error")) if "error" in group else None,
+            manifest.get("target_damping"),
+            manifest,
+        )
+
+    def __repr__(self) -> str:
+        k, n = self.values.shape
+        kind = "exact" if self.error is None else "with standard errors"
+        return f"Scores({k} test × {n} train, {kind}, damping {self.target_damping})"

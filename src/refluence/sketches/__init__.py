@@ -1,0 +1,8 @@
+"""Random projections P (m×d) with E[PᵀP] = I."""
+
+from refluence.sketches.base import Sketch
+from refluence.sketches.gaussian import Gaussian
+from refluence.sketches.rademacher import Rademacher
+from refluence.sketches.sjlt import SJLT
+
+__all__ = ["SJLT", "Gaussian", "Rademacher", "Sketch"]

@@ -1,0 +1,62 @@
+"""What every sketch is: a seeded linear map to m numbers, applied to chunks of columns in any order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from refluence.errors import RefluenceError
+from refluence.gradients.blocks import GradientBlock
+
+
+class Sketch(ABC):
+    """A random P (m×d) with E[PᵀP] = I, the same for a seed however the work is split.
+
+    d is taken from what the sketch is given: column j of P depends on the seed and on j alone.
+    """
+
+    m: int
+    seed: int
+    chunk_rows: ClassVar[int]
+    chunk_columns: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.m, int) or self.m < 1:
+            raise RefluenceError(f"the sketch size m must be an integer of at least 1, not {self.m!r}")
+        if not isinstance(self.seed, int):
+            raise RefluenceError(f"the seed of a sketch must be an integer, not {self.seed!r}")
+
+    @abstractmethod
+    def accumulate(self, out: Float[Tensor, "n m"], columns: Float[Tensor, "n c"], start: int) -> None:
+        """Add `columns` P[:, start : start + c]ᵀ to `out`."""
+
+    def project(self, gradients: Float[Tensor, "n d"] | GradientBlock) -> Float[Tensor, "n m"]:
+        """G Pᵀ of dense rows or of a gradient block, whose d-long gradients are never formed all at once.
+
+        Raises:
+            RefluenceError: not a floating-point matrix.
+        """
+        if isinstance(gradients, GradientBlock):
+            return gradients.sketch(self)
+        if not isinstance(gradients, Tensor) or gradients.ndim != 2 or not gradients.is_floating_point():
+            got = (
+                f"{gradients.dtype} of shape {tuple(gradients.shape)}"
+                if isinstance(gradients, Tensor)
+                else type(gradients).__name__
+            )
+            raise RefluenceError(f"a sketch projects rows (n, d) of floating-point numbers, not {got}")
+        out = torch.zeros(gradients.shape[0], self.m, dtype=gradients.dtype, device=gradients.device)
+        self._accumulate_rows(out, gradients)
+        return out
+
+    def _accumulate_rows(self, out: Float[Tensor, "n m"], rows: Float[Tensor, "n d"]) -> None:
+        for start in range(0, rows.shape[1], self.chunk_columns):
+            self.accumulate(out, rows[:, start : start + self.chunk_columns], start)
+
+    def matrix(self, d: int, dtype: torch.dtype = torch.float64) -> Float[Tensor, "m d"]:
+        """P itself, for small d."""
+        return self.project(torch.eye(d, dtype=dtype)).T

@@ -1,0 +1,65 @@
+"""Sketches with a dense P, made tile by tile and kept while they fit a stated memory."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import OrderedDict
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from refluence.sketches.base import Sketch
+
+TILE_ROWS = 256
+TILE_COLUMNS = 4096
+CACHE_BYTES = 2 << 30
+
+_cache: OrderedDict[tuple, Tensor] = OrderedDict()
+_cached_bytes = 0
+
+
+class DenseSketch(Sketch):
+    """P with independent entries of variance 1/m; the first rows of a larger P, rescaled, are the smaller one's.
+
+    P is made of tiles that depend on the seed and the tile's place alone. Tiles are kept (all sketches together) up to
+    2 GiB and made again beyond, so that P is never held whole for large d.
+    """
+
+    chunk_rows: ClassVar[int] = 1 << 16
+    chunk_columns: ClassVar[int] = TILE_COLUMNS
+
+    @abstractmethod
+    def _tile(self, row: int, column: int, device: torch.device) -> Tensor:
+        """Entries of variance 1 of tile (row, column), in a compact dtype."""
+
+    def accumulate(self, out: Float[Tensor, "n m"], columns: Float[Tensor, "n c"], start: int) -> None:
+        """Add `columns` P[:, start : start + c]ᵀ to `out`."""
+        stop = start + columns.shape[1]
+        for column in range(start // TILE_COLUMNS, -(-stop // TILE_COLUMNS)):
+            left = column * TILE_COLUMNS
+            first, last = max(start, left), min(stop, left + TILE_COLUMNS)
+            scaled = columns[:, first - start : last - start] * self.m**-0.5
+            for row in range(-(-self.m // TILE_ROWS)):
+                top = row * TILE_ROWS
+                bottom = min(self.m, top + TILE_ROWS)
+                tile = self._kept_tile(row, column, columns.device)[: bottom - top, first - left : last - left]
+                out[:, top:bottom].addmm_(scaled, tile.to(columns.dtype).T)
+
+    def _kept_tile(self, row: int, column: int, device: torch.device) -> Tensor:
+        global _cached_bytes
+        key = (type(self), self.seed, row, column, str(device))
+        if key in _cache:
+            return _cache[key]
+        tile = self._tile(row, column, device)
+        size = tile.numel() * tile.element_size()
+        # Oldest-first eviction would defeat the cache on a cyclic pass, so what is kept stays until another sketch comes.
+        if _cached_bytes + size > CACHE_BYTES:
+            for other in [k for k in _cache if k[:2] != key[:2]]:
+                gone = _cache.pop(other)
+                _cached_bytes -= gone.numel() * gone.element_size()
+        if _cached_bytes + size <= CACHE_BYTES:
+            _cache[key] = tile
+            _cached_bytes += size
+        return tile

@@ -1,0 +1,112 @@
+"""Sparse Johnson–Lindenstrauss sketches (CountSketch for one nonzero a column)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from refluence.errors import RefluenceError
+from refluence.sketches.base import Sketch
+from refluence.sketches.random_bits import non_negative, random_bits
+
+CACHE_BYTES = 1 << 30
+
+_plans: OrderedDict[tuple, tuple[Tensor, ...]] = OrderedDict()
+
+
+@dataclass(frozen=True)
+class SJLT(Sketch):
+    """P with `nonzeros` entries ±1/√nonzeros in each column, one in each of `nonzeros` bands of m/nonzeros rows.
+
+    A column's row in a band is a hash of its index modulo the band's height, so the sketch of a smaller m that divides
+    m follows by folding: PG_small = Σ over the bands' aliases of PG (Kane & Nelson, 2014).
+
+    Args:
+        m: sketch size, a multiple of `nonzeros`.
+        nonzeros: entries a column.
+        seed: which P.
+    """
+
+    m: int
+    nonzeros: int = 1
+    seed: int = 0
+
+    chunk_rows: ClassVar[int] = 64
+    chunk_columns: ClassVar[int] = 1 << 17
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.nonzeros, int) or self.nonzeros < 1 or self.m % self.nonzeros:
+            raise RefluenceError(
+                f"m = {self.m} must be a multiple of nonzeros = {self.nonzeros!r}, which is at least 1"
+            )
+
+    def accumulate(self, out: Float[Tensor, "n m"], columns: Float[Tensor, "n c"], start: int) -> None:
+        """Add `columns` P[:, start : start + c]ᵀ to `out`."""
+        bags = columns.stride(0) == 1 and columns.dtype in (torch.float32, torch.float64) and columns.shape[0] > 1
+        if bags and columns.device.type == "cpu":
+            index, signs, offsets = self._sorted(start, columns.shape[1], columns.dtype, columns.device)
+            sums = F.embedding_bag(index, columns.T, offsets, mode="sum", per_sample_weights=signs)
+            out += sums.T
+            return
+        for rows, signs in zip(*self._hashed(start, columns.shape[1], columns.device), strict=True):
+            out.scatter_add_(1, rows.expand_as(columns), columns * (signs * self.nonzeros**-0.5).to(columns.dtype))
+
+    def _accumulate_rows(self, out: Float[Tensor, "n m"], rows: Float[Tensor, "n d"]) -> None:
+        """Dense rows in one pass: negative entries go to m further columns, which spares a signed copy of the rows."""
+        doubled = torch.zeros(rows.shape[0], 2 * self.m, dtype=out.dtype, device=out.device)
+        for rows_of_band, signs in zip(*self._hashed(0, rows.shape[1], rows.device), strict=True):
+            doubled.scatter_add_(1, (rows_of_band + self.m * (signs < 0)).expand_as(rows), rows)
+        out += (doubled[:, : self.m] - doubled[:, self.m :]) * self.nonzeros**-0.5
+
+    def fold(self, projected: Float[Tensor, "n m"], m: int) -> Float[Tensor, "n k"]:
+        """The projection by the sketch of the same seed of a smaller size `m`, from the projection by this one.
+
+        Raises:
+            RefluenceError: `m` does not divide this sketch's size, or is no multiple of `nonzeros`.
+        """
+        smaller = SJLT(m, self.nonzeros, self.seed)
+        if self.m % m:
+            raise RefluenceError(f"a sketch of {self.m} rows folds to sizes that divide it, not to {m}")
+        bands = projected.unflatten(1, (self.nonzeros, self.m // m, smaller.m // self.nonzeros))
+        return bands.sum(dim=2).flatten(1)
+
+    def _hashed(
+        self, start: int, count: int, device: torch.device
+    ) -> tuple[Int64[Tensor, "s c"], Int64[Tensor, "s c"]]:
+        """Row and sign of every nonzero of columns [start, start + count)."""
+        key = (self.m, self.nonzeros, self.seed, start, count, str(device))
+        if key not in _plans:
+            height = self.m // self.nonzeros
+            bits = torch.stack([random_bits(self.seed, band, start, count, device) for band in range(self.nonzeros)])
+            band = torch.arange(self.nonzeros, device=device)[:, None] * height
+            _keep(key, (non_negative(bits) % height + band, 1 - 2 * (bits < 0).to(torch.int64)))
+        rows, signs = _plans[key]
+        return rows, signs
+
+    def _sorted(
+        self, start: int, count: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Int64[Tensor, " sc"], Float[Tensor, " sc"], Int64[Tensor, " m"]]:
+        """The columns of each row of P in turn, their entries, and where each row's begin."""
+        key = (self.m, self.nonzeros, self.seed, start, count, str(device), dtype)
+        if key not in _plans:
+            rows, signs = self._hashed(start, count, device)
+            order = torch.argsort(rows.flatten(), stable=True)
+            counts = torch.bincount(rows.flatten(), minlength=self.m)
+            entries = (signs.flatten()[order] * self.nonzeros**-0.5).to(dtype)
+            _keep(key, (order % count, entries, counts.cumsum(0) - counts))
+        index, entries, offsets = _plans[key]
+        return index, entries, offsets
+
+
+def _keep(key: tuple, tensors: tuple[Tensor, ...]) -> None:
+    """Keep hashed columns for the next batch, the oldest making room."""
+    _plans[key] = tensors
+    while len(_plans) > 1 and sum(t.numel() * t.element_size() for kept in _plans.values() for t in kept) > CACHE_BYTES:
+        _plans.popitem(last=False)

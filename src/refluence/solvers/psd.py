@@ -1,0 +1,128 @@
+"""A symmetric positive semi-definite matrix M with a shift: everything that solvers ask of (M + μI)⁻¹.
+
+One Cholesky factor serves one μ. The eigendecomposition, which serves every μ, costs some twenty times as much, so it
+is made when it is asked for, or once that many factors have been made.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from refluence.errors import PlanError
+from refluence.theory import numerical_rank
+
+SMALL = 1024
+FACTORS_WORTH_AN_EIGENDECOMPOSITION = 20
+
+
+class PositiveMatrix:
+    """M ⪰ 0 in float64, N×N, with solves and traces of M + μI."""
+
+    def __init__(self, matrix: Float[Tensor, "N N"]) -> None:
+        self.matrix = matrix
+        self.size = matrix.shape[0]
+        self._eigenvalues: NDArray[np.float64] | None = None
+        self._eigenvectors: Tensor | None = None
+        self._factor: tuple[float, Tensor] | None = None
+        self._inverse_diagonals: tuple[float, Tensor, Tensor] | None = None
+        self._factors_made = 0
+
+    @property
+    def eigenvalues(self) -> NDArray[np.float64]:
+        """Ascending, rounding noise below 0 set to 0."""
+        if self._eigenvalues is None:
+            values = torch.linalg.eigvalsh(self.matrix)
+            self._eigenvalues = np.maximum(values.cpu().numpy(), 0.0)
+        return self._eigenvalues
+
+    def eigendecomposition(self) -> tuple[Float[Tensor, " N"], Float[Tensor, "N N"]]:
+        """(eigenvalues, eigenvectors as columns), made once."""
+        if self._eigenvectors is None:
+            values, self._eigenvectors = torch.linalg.eigh(self.matrix)
+            self._eigenvalues = np.maximum(values.cpu().numpy(), 0.0)
+        values = torch.as_tensor(self.eigenvalues, device=self.matrix.device)
+        return values, self._eigenvectors
+
+    def effective_dimension(self, shift: float) -> float:
+        """tr M(M+μI)⁻¹."""
+        if self._eigenvalues is None and shift > 0 and self.size > SMALL:
+            return float(self.size - shift * self.inverse_diagonals(shift)[0].sum())
+        positive = self.eigenvalues[self.eigenvalues > 0]
+        return float((positive / (positive + shift)).sum())
+
+    def solve(self, right: Float[Tensor, "N k"], shift: float) -> Float[Tensor, "N k"]:
+        """(M+μI)⁻¹ B; at μ = 0 the least-norm solution M⁺B."""
+        if self._use_eigenvectors(shift):
+            values, vectors = self.eigendecomposition()
+            return vectors @ (_inverse(values, shift)[:, None] * (vectors.T @ right))
+        return torch.cholesky_solve(right, self._cholesky(shift))
+
+    def inverse_diagonals(self, shift: float) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """Diagonals of (M+μI)⁻¹ and of (M+μI)⁻²."""
+        if self._inverse_diagonals is None or self._inverse_diagonals[0] != shift:
+            if self._use_eigenvectors(shift):
+                values, vectors = self.eigendecomposition()
+                weights = _inverse(values, shift)
+                squares = vectors.square()
+                diagonals = (squares @ weights, squares @ weights.square())
+            else:
+                inverse = torch.cholesky_inverse(self._cholesky(shift))
+                diagonals = (inverse.diagonal().clone(), inverse.square_().sum(dim=1))
+            self._inverse_diagonals = (shift, *diagonals)
+        return self._inverse_diagonals[1], self._inverse_diagonals[2]
+
+    def leverages(self, shift: float) -> Float[Tensor, " N"]:
+        """Diagonal of M(M+μI)⁻¹."""
+        if self._use_eigenvectors(shift):
+            values, vectors = self.eigendecomposition()
+            return vectors.square() @ (values * _inverse(values, shift))
+        return (1.0 - shift * self.inverse_diagonals(shift)[0]).clamp(min=0.0)
+
+    def squared_leverages(self, shift: float) -> Float[Tensor, " N"]:
+        """Diagonal of M(M+μI)⁻²."""
+        if self._use_eigenvectors(shift):
+            values, vectors = self.eigendecomposition()
+            return vectors.square() @ (values * _inverse(values, shift).square())
+        first, second = self.inverse_diagonals(shift)
+        return (first - shift * second).clamp(min=0.0)
+
+    def rank(self) -> int:
+        """The numerical rank."""
+        return numerical_rank(self.eigenvalues)
+
+    def _use_eigenvectors(self, shift: float) -> bool:
+        if self._eigenvectors is not None or shift <= 0:
+            return True
+        if self._factor is not None and self._factor[0] == shift:
+            return False
+        return self._factors_made >= (2 if self.size <= SMALL else FACTORS_WORTH_AN_EIGENDECOMPOSITION)
+
+    def _cholesky(self, shift: float) -> Float[Tensor, "N N"]:
+        if self._factor is None or self._factor[0] != shift:
+            self._factor = None
+            diagonal = self.matrix.diagonal()
+            saved = diagonal.clone()
+            try:
+                diagonal += shift
+                factor, info = torch.linalg.cholesky_ex(self.matrix)
+            finally:
+                diagonal.copy_(saved)
+            if int(info) != 0:
+                raise PlanError(
+                    f"the damping {shift:.3g} is below the rounding of the curvature (largest entry "
+                    f"{float(saved.max()):.3g}): use a larger damping"
+                )
+            self._factor = (shift, factor)
+            self._factors_made += 1
+        return self._factor[1]
+
+
+def _inverse(values: Float[Tensor, " N"], shift: float) -> Float[Tensor, " N"]:
+    if shift > 0:
+        return 1.0 / (values + shift)
+    floor = values.numel() * torch.finfo(values.dtype).eps * values.max()
+    return torch.where(values > floor, 1.0 / values, 0.0)

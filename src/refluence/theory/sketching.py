@@ -1,0 +1,59 @@
+"""The damping that a sketch adds of its own.
+
+τ̃ at damping μ has the mean of the exact τ at κ > μ with μ = κ(1 − d/m), where d = Σ_j σ̃_j/(σ̃_j+μ) is the sketch's own
+effective dimension at μ, which equals the exact one at κ (LeJeune et al., "Asymptotics of the Sketched Pseudoinverse",
+2022). So κ and the μ for a wanted κ follow from the sketched spectrum alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import brentq
+
+from refluence.errors import RefluenceError
+from refluence.theory.spectrum import Spectrum, as_spectrum, effective_dimension
+
+
+def implied_damping(eigenvalues: Spectrum, size: int, damping: float) -> float:
+    """κ that the scores of a sketch of m = `size` rows at `damping` μ estimate: κ = μ / (1 − d/m).
+
+    Args:
+        eigenvalues: of PCPᵀ; zeros may be left out.
+        size: m, the rows of the sketch.
+        damping: μ > 0.
+    """
+    if not damping > 0:
+        raise RefluenceError(f"damping must be > 0, not {damping!r}")
+    return damping / (1.0 - effective_dimension(eigenvalues, damping) / size)
+
+
+def corrected_damping(eigenvalues: Spectrum, size: int, target: float) -> float:
+    """The μ at which a sketch of m = `size` rows gives scores that estimate those at κ = `target`.
+
+    Args:
+        eigenvalues: of PCPᵀ; zeros may be left out.
+        size: m, the rows of the sketch.
+        target: κ > 0, the damping wanted of the values.
+
+    Raises:
+        RefluenceError: κ is not above the harmonic mean of the m eigenvalues: the sketch is too small for it.
+    """
+    if not target > 0:
+        raise RefluenceError(f"the damping that a sketch is to estimate must be > 0, not {target!r}")
+    values = as_spectrum(eigenvalues)
+    if values.size > size:
+        raise RefluenceError(f"a sketch of m = {size} rows has no {values.size} eigenvalues")
+    values = np.concatenate([values, np.zeros(size - values.size)])
+
+    def excess(log_ratio: float) -> float:
+        return float((target / (values + target * np.exp(log_ratio))).mean()) - 1.0
+
+    low = -50.0
+    if excess(low) <= 0:
+        wanted = 2 * effective_dimension(values, target)
+        raise RefluenceError(
+            f"a sketch of m = {size} rows cannot estimate scores at damping {target:.3g}: it adds more damping of its "
+            f"own, {1.0 / float((1.0 / np.maximum(values, np.finfo(float).tiny)).mean()):.3g}. Use m of at least "
+            f"{max(2 * size, 2 * int(np.ceil(wanted)))}, or a larger damping"
+        )
+    return target * float(np.exp(brentq(excess, low, 0.0, xtol=1e-13, rtol=1e-13)))
