@@ -57,11 +57,12 @@ class Influence:
         task: what is differentiated.
         curvature: C; "fisher" is the empirical Fisher (1/n) Σ g gᵀ.
         solver: "auto", or an object from `rf.solvers`.
-        damping: λ: a number, `rf.RelativeDamping(c)`, `rf.EffectiveDimension(k)`, or "auto" (d_λ = min(n/16, d/16, 2048)).
+        damping: λ: a number, `rf.RelativeDamping(c)`, `rf.EffectiveDimension(k)`, or "auto", the λ with
+            d_λ = min(n/16, d/16, 2048).
         blocks: "full", "module", "parameter", or {block name: [parameter names]}; C is block-diagonal over them.
         device: where to compute; None: where the model is. The user's model is copied, never moved.
-        dtype: None: gradients in the model's dtype, curvature and solves in float64; else the whole attribution on a copy
-            of the model in that dtype.
+        dtype: None: gradients in the model's dtype, curvature and solves in float64; else the whole attribution on a
+            copy of the model in that dtype.
         batch_size: examples a forward pass; None: chosen from a probe. A `DataLoader` keeps its own.
         progress: whether long passes show a bar.
         seed: of every random choice (none in the exact solvers).

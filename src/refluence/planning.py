@@ -101,8 +101,8 @@ class Plan:
             "no other solver fits either: attribute fewer parameters or examples, or use a smaller sketch"
         )
         raise PlanError(
-            f"solver {self.solver} needs {format_bytes(self.memory)} but {format_bytes(self.budget)} may be used: {others}; "
-            "or raise rf.Execution(memory=...)"
+            f"solver {self.solver} needs {format_bytes(self.memory)} but {format_bytes(self.budget)} may be used: "
+            f"{others}; or raise rf.Execution(memory=...)"
         )
 
     def summary(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -20,7 +20,7 @@ def track(items: Iterable[T], description: str, total: int | None = None, enable
     if not enabled or not console.is_terminal:
         yield from items
         return
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     bar = Progress(
         TextColumn("{task.description}"),

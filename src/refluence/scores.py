@@ -38,8 +38,8 @@ class Scores:
 
     values: Float[Tensor, "k n"]
     n_train: int
-    train_ids: NDArray = field(default=None)  # type: ignore[assignment]
-    test_ids: NDArray = field(default=None)  # type: ignore[assignment]
+    train_ids: NDArray = None  # type: ignore[assignment]
+    test_ids: NDArray = None  # type: ignore[assignment]
     error: Float[Tensor, "k n"] | None = None
     target_damping: float | dict[str, float] | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Scores:
         if not isinstance(k, int) or k < 1:
             raise DataError(f"k must be an integer of at least 1, not {k!r}")
         k = min(k, self.values.shape[1])
-        values, columns = torch.topk(self.values, k, dim=1, largest=largest)
+        _, columns = torch.topk(self.values, k, dim=1, largest=largest)
         rows = np.repeat(np.arange(self.values.shape[0]), k)
         chosen = columns.cpu().numpy().reshape(-1)
         return self._frame(rows, chosen, np.tile(np.arange(1, k + 1), self.values.shape[0]))

@@ -48,7 +48,7 @@ def _caches() -> list[tuple[str, str]]:
     files = list(checkpoint_folder().glob("*.safetensors")) if checkpoint_folder().is_dir() else []
     return [
         ("cache", f"{cache_folder()} ({_origin(CACHE_VARIABLE)}; {_writable(cache_folder())})"),
-        ("checkpoints", f"{len(files):,} models, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"),
+        ("checkpoints", f"{len(files):,} in the cache, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"),
     ]
 
 

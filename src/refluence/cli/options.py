@@ -94,7 +94,7 @@ Sketch = Annotated[
 ]
 SketchSize = Annotated[
     int | None,
-    typer.Option("--sketch-size", metavar="M", help="Its dimension; default 4096.", min=1, rich_help_panel=_HOW),
+    typer.Option("--sketch-size", metavar="M", help="Its size; default 4096.", min=1, rich_help_panel=_HOW),
 ]
 Damping = Annotated[
     str,

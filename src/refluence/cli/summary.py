@@ -74,7 +74,7 @@ def _entry(of_test: pd.DataFrame, direction: str) -> str:
     if direction not in of_test.index:
         return "—"
     row = of_test.loc[direction]
-    return f"{row['train']}  ({row['score']:+.4g})"
+    return f"{_row(row['train'])}  ({row['score']:+.4g})"
 
 
 def _damping(damping: float | Mapping[str, float]) -> str:

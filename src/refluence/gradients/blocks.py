@@ -20,9 +20,20 @@ CHUNK_ELEMENTS = 1 << 23
 class Projection(Protocol):
     """What a block needs of a sketch: chunks of columns are added to the result in any order."""
 
-    m: int
-    chunk_rows: int
-    chunk_columns: int
+    @property
+    def m(self) -> int:
+        """Rows of the projection."""
+        ...
+
+    @property
+    def chunk_rows(self) -> int:
+        """How many gradients at a time suit it."""
+        ...
+
+    @property
+    def chunk_columns(self) -> int:
+        """How many columns at a time suit it."""
+        ...
 
     def accumulate(self, out: Float[Tensor, "n m"], columns: Float[Tensor, "n c"], start: int) -> None:
         """Add `columns` @ P[:, start : start + c]ᵀ to `out`."""

@@ -227,10 +227,8 @@ class Capture:
         weights = {use.weight.name for use in recording.uses if use.weight is not None}
         shared = weights & {use.bias.name for use in recording.uses if use.bias is not None}
         recording.unknown |= shared
-        for name in self.parameters:
-            if name not in joined:
-                owners.append(Owner(name, None) if name in weights else Owner(None, name))
-        return owners
+        alone = [name for name in self.parameters if name not in joined]
+        return owners + [Owner(name, None) if name in weights else Owner(None, name) for name in alone]
 
     def _fits(
         self, owner: Owner, recording: Recording, errors: list[Tensor], layout: str, n: int, expected: Tensor

@@ -11,11 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refluence.batches import Batches
+from refluence.errors import DataError
+from refluence.influence import Influence
 from refluence.report.concentration import Concentration, concentration
 from refluence.report.facts import CoverageRow, Fact, Measured, coverage_rows, facts, measured
 from refluence.report.formatting import shorten
 from refluence.report.predictions import Example, Verdict, examine
 from refluence.report.presentation import Kind, Presentation, View, column_names, views
+from refluence.scores import Scores
 
 Z95 = 1.959963984540054
 MAX_CARDS = 300
@@ -126,8 +129,8 @@ class Content:
 
 
 def build_content(
-    influence: Any,
-    scores: Any,
+    influence: Influence,
+    scores: Scores,
     train: Any,
     test: Any,
     *,
@@ -140,11 +143,21 @@ def build_content(
     """The content of the page.
 
     Raises:
-        ValueError: `top` below 1, `suspicious` below 0, or scores that are not of this training and test data.
+        DataError: `top` below 1, `suspicious` below 0, or scores that are not of this training and test data.
     """
     if top < 1 or suspicious < 0:
-        raise ValueError(f"top must be at least 1 and suspicious at least 0; they are {top} and {suspicious}")
+        raise DataError(f"top must be at least 1 and suspicious at least 0; they are {top} and {suspicious}")
+    if scores.values.shape[1] != influence.n_train:
+        raise DataError(
+            f"the scores have {scores.values.shape[1]} columns for {influence.n_train} training examples: a report "
+            "needs a score for each training example, so score without `groups`"
+        )
     task, omissions = influence.task, []
+    if scores.manifest.get("normalize"):
+        omissions.append(
+            f"The scores are normalised ({scores.manifest['normalize']}): they rank the examples, but are not changes "
+            f"of the {measured(task).noun}."
+        )
     if top > MAX_TOP:
         omissions.append(f"{top} helpful and harmful examples were asked for; {MAX_TOP} of each are shown.")
         top = MAX_TOP
@@ -222,9 +235,9 @@ def _rows(ids: Any, n: int, name: str) -> NDArray[np.int64]:
         return rows.astype(np.int64)
     if rows.size == n:
         return np.arange(n)
-    raise ValueError(
+    raise DataError(
         f"the scores are for {rows.size} {name} examples whose ids are not rows of the {name} data given ({n} rows): "
-        f"give the {name} data that the influence was computed on; scores summed by group have no rows to show"
+        f"give the {name} data that the scores were computed on"
     )
 
 

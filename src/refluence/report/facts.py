@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from refluence.gradients.coverage import KINDS
+from refluence.influence import Influence
 from refluence.report.formatting import count, number, percent, shorten
+from refluence.scores import Scores
+from refluence.task import Task
 
 Tone = Literal["plain", "good", "caution"]
 
 STATIONARY = 1e-3
 NEARLY_STATIONARY = 1e-1
-EXACT_SOLVERS = ("gram", "dense", "identity")
 MAX_COVERAGE_ROWS = 200
 
 
@@ -46,7 +49,7 @@ class CoverageRow:
     reason: str
 
 
-def measured(task: Any) -> Measured:
+def measured(task: Task) -> Measured:
     """The measurement of a task in words."""
     match task.measurement:
         case None | "loss":
@@ -60,7 +63,7 @@ def measured(task: Any) -> Measured:
             return Measured("measurement", f"the task's own “{name}”, read as lower is better")
 
 
-def facts(influence: Any, scores: Any) -> tuple[Fact, ...]:
+def facts(influence: Influence, scores: Scores) -> tuple[Fact, ...]:
     """The facts band of a fit and its scores."""
     return (
         _coverage(influence),
@@ -68,12 +71,12 @@ def facts(influence: Any, scores: Any) -> tuple[Fact, ...]:
         _exactness(influence, scores),
         _damping(influence.damping),
         _dimension(influence),
-        _convergence(float(influence.gradient_norm)),
+        _convergence(influence.gradient_norm),
         Fact("Explains", measured(influence.task).noun, measured(influence.task).sentence),
     )
 
 
-def coverage_rows(influence: Any) -> tuple[tuple[CoverageRow, ...], int]:
+def coverage_rows(influence: Influence) -> tuple[tuple[CoverageRow, ...], int]:
     """The parameters with how each is attributed (at most 200), and how many there are."""
     frame = influence.coverage.frame()
     rows = tuple(
@@ -93,22 +96,22 @@ def _text(value: Any) -> str:
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
 
 
-def _coverage(influence: Any) -> Fact:
-    done, total = int(influence.coverage.attributed), int(influence.coverage.total)
-    frame = influence.coverage.frame()
-    kinds = frame[frame["attributed"].astype(bool)].groupby("kind", sort=False)["numel"].sum()
-    by_kind = ", ".join(f"{shorten(str(kind), 24)} {int(numel):,}" for kind, numel in kinds.items())
-    if done == total:
-        return Fact("Parameters attributed", f"all {total:,}", f"by kind of block: {by_kind}", "good")
-    share = percent(done / total) if total else "—"
-    return Fact("Parameters attributed", f"{done:,} of {total:,}", f"{share}; {by_kind}", "caution")
+def _coverage(influence: Influence) -> Fact:
+    coverage = influence.coverage
+    by_kind = ", ".join(f"{numel:,} by {KINDS.get(kind, kind)}" for kind, numel in coverage.by_kind.items())
+    if coverage.attributed == coverage.total:
+        return Fact("Parameters attributed", f"all {coverage.total:,}", by_kind, "good")
+    share = percent(coverage.attributed / coverage.total)
+    return Fact(
+        "Parameters attributed", f"{coverage.attributed:,} of {coverage.total:,}", f"{share}; {by_kind}", "caution"
+    )
 
 
-def _exactness(influence: Any, scores: Any) -> Fact:
+def _exactness(influence: Influence, scores: Scores) -> Fact:
     solver = shorten(str(influence.plan.solver), 60)
     if scores.error is not None:
         return Fact("Solver", solver, "approximate: each score has a 95 % interval")
-    if solver.lower().startswith(EXACT_SOLVERS):
+    if influence.exact:
         return Fact("Solver", solver, "exact for this curvature and damping", "good")
     return Fact("Solver", solver, "no error bars: how far the scores are off is not known", "caution")
 
@@ -121,13 +124,12 @@ def _damping(damping: float | Mapping[str, float]) -> Fact:
     return Fact("Damping λ", f"{float(damping):.3g}".replace("e-0", "e-"), reading)
 
 
-def _dimension(influence: Any) -> Fact:
+def _dimension(influence: Influence) -> Fact:
     name = "Effective dimension"
-    dimension = influence.effective_dimension
-    if dimension is None or not math.isfinite(float(dimension)):
+    dimension, most = influence.effective_dimension, min(influence.n_parameters, influence.n_train)
+    if not math.isfinite(dimension):
         return Fact(name, "—", "not defined for this solver")
-    most = min(int(influence.coverage.attributed), int(influence.n_train))
-    return Fact(name, number(float(dimension)), f"directions that the data determine, of at most {most:,}")
+    return Fact(name, number(dimension), f"directions that the data determine, of at most {most:,}")
 
 
 def _convergence(norm: float) -> Fact:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,11 +17,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from refluence.errors import DataError
+from refluence.influence import Influence
 from refluence.report import formatting
 from refluence.report.content import Content, build_content
 from refluence.report.csv_export import csv_text
 from refluence.report.pictures import Picture
 from refluence.report.presentation import Presentation, View
+from refluence.scores import Scores
 
 MAX_BYTES = 9_900_000
 _JSON_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -28,8 +32,8 @@ _JSON_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2
 
 def write_report(
     path: str | os.PathLike[str],
-    influence: Any,
-    scores: Any,
+    influence: Influence,
+    scores: Scores,
     train: Any,
     test: Any,
     *,
@@ -56,7 +60,7 @@ def write_report(
         The path of the file. What had to be left out for its size is said on the page.
 
     Raises:
-        ValueError: `top` or `suspicious` out of range, scores of other data, or data that cannot be shown as asked.
+        DataError: `top` or `suspicious` out of range, scores of other data, or data that cannot be shown as asked.
     """
     content = build_content(
         influence,
@@ -78,7 +82,7 @@ def fit(content: Content, limit: int) -> str:
     """The page in at most `limit` bytes: cards are left out from the end, then suspicious examples.
 
     Raises:
-        ValueError: a limit that not even an empty page keeps.
+        DataError: a limit that not even an empty page keeps.
     """
     while True:
         page = render(content)
@@ -93,7 +97,7 @@ def fit(content: Content, limit: int) -> str:
         elif content.cards:
             content = replace(content, cards=())
         else:
-            raise ValueError(f"a report of {limit:,} bytes cannot hold even the facts: give a larger limit")
+            raise DataError(f"a report of {limit:,} bytes cannot hold even the facts: give a larger limit")
 
 
 def render(content: Content) -> str:
@@ -115,8 +119,6 @@ def render(content: Content) -> str:
 
 def script_json(text: str) -> str:
     """A text as JSON that cannot end or open anything where it stands in a `<script>`."""
-    import json
-
     encoded = json.dumps(text)
     for character, escape in _JSON_ESCAPES.items():
         encoded = encoded.replace(character, escape)

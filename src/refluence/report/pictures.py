@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from refluence.errors import DataError
+
 MAX_SIDE = 128
 PIXELATED_SIDE = 64
 MIN_FLAT_PIXELS = 64
@@ -52,7 +54,7 @@ def pixels(sample: Tensor) -> NDArray[np.float64]:
     """A sample of an image-like shape as (H, W, C) with C 1 or 3, in the sample's own units.
 
     Raises:
-        ValueError: a shape that is not that of a picture.
+        DataError: a shape that is not that of a picture.
     """
     shape = tuple(sample.shape)
     layout = image_shape(shape, floating=True)
@@ -67,7 +69,7 @@ def pixels(sample: Tensor) -> NDArray[np.float64]:
         case "flat":
             side = int(shape[0] ** 0.5)
             return array.reshape(side, side, 1)
-    raise ValueError(
+    raise DataError(
         f"an input of shape {shape} is not a picture (C×H×W or H×W×C with C of 1 or 3, H×W, or a flat square): "
         "give Presentation(image=function of a sample that returns a uint8 array H×W or H×W×3)"
     )
@@ -107,13 +109,13 @@ def encode(array: NDArray[np.uint8]) -> Picture:
     """A uint8 array H×W, H×W×1 or H×W×3 as PNG, or as JPEG where that is smaller; at most 128 pixels a side.
 
     Raises:
-        ValueError: another type or shape.
+        DataError: another type or shape.
     """
     array = np.asarray(array)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.dtype != np.uint8 or array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
-        raise ValueError(
+        raise DataError(
             f"a picture must be a uint8 array H×W or H×W×3, not {array.dtype} of shape {array.shape}: "
             "change what Presentation(image=...) returns"
         )

@@ -10,12 +10,14 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from refluence.scores import Scores
+
 HELPFUL = "#0a5c9e"
 HARMFUL = "#c8640f"
 INK = "#3a3f45"
 
 
-def plot_top(scores: Any, test: int = 0, k: int = 8, ax: Axes | None = None) -> Axes:
+def plot_top(scores: Scores, test: int = 0, k: int = 8, ax: Axes | None = None) -> Axes:
     """Bars of the `k` most helpful and `k` most harmful training examples of one test example.
 
     `test` counts the rows of the scores. The bars are the predicted change if the example were removed, with 95 %
@@ -35,7 +37,7 @@ def plot_top(scores: Any, test: int = 0, k: int = 8, ax: Axes | None = None) -> 
     return _quiet(ax)
 
 
-def plot_scores(scores: Any, test: int = 0, ax: Axes | None = None) -> Axes:
+def plot_scores(scores: Scores, test: int = 0, ax: Axes | None = None) -> Axes:
     """All scores of one test example, sorted: helpful on the left, harmful on the right."""
     values = np.sort(_array(scores.values)[test])[::-1]
     ranks = np.arange(1, len(values) + 1)
@@ -48,7 +50,7 @@ def plot_scores(scores: Any, test: int = 0, ax: Axes | None = None) -> Axes:
     return _quiet(ax)
 
 
-def plot_share(scores: Any, tests: ArrayLike | None = None, ax: Axes | None = None) -> Axes:
+def plot_share(scores: Scores, tests: ArrayLike | None = None, ax: Axes | None = None) -> Axes:
     """The share of the total |influence| that the strongest training examples hold, one curve for each test example.
 
     `tests` are rows of the scores, default all; the dotted line is an influence spread evenly.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from dataclasses import replace
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -21,14 +22,18 @@ class Sketch(ABC):
 
     m: int
     seed: int
-    chunk_rows: ClassVar[int]
-    chunk_columns: ClassVar[int]
+    chunk_rows: int
+    chunk_columns: int
 
     def __post_init__(self) -> None:
         if not isinstance(self.m, int) or self.m < 1:
             raise RefluenceError(f"the sketch size m must be an integer of at least 1, not {self.m!r}")
         if not isinstance(self.seed, int):
             raise RefluenceError(f"the seed of a sketch must be an integer, not {self.seed!r}")
+
+    def reseeded(self, seed: int) -> Self:
+        """The same sketch with another seed."""
+        return replace(self, seed=seed)  # type: ignore[type-var]
 
     @abstractmethod
     def accumulate(self, out: Float[Tensor, "n m"], columns: Float[Tensor, "n c"], start: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -27,8 +26,8 @@ class DenseSketch(Sketch):
     2 GiB and made again beyond, so that P is never held whole for large d.
     """
 
-    chunk_rows: ClassVar[int] = 1 << 16
-    chunk_columns: ClassVar[int] = TILE_COLUMNS
+    chunk_rows = 1 << 16
+    chunk_columns = TILE_COLUMNS
 
     @abstractmethod
     def _tile(self, row: int, column: int, device: torch.device) -> Tensor:
@@ -54,7 +53,7 @@ class DenseSketch(Sketch):
             return _cache[key]
         tile = self._tile(row, column, device)
         size = tile.numel() * tile.element_size()
-        # Oldest-first eviction would defeat the cache on a cyclic pass, so what is kept stays until another sketch comes.
+        # Oldest-first eviction would defeat the cache on a cyclic pass: what is kept stays until another sketch comes.
         if _cached_bytes + size > CACHE_BYTES:
             for other in [k for k in _cache if k[:2] != key[:2]]:
                 gone = _cache.pop(other)

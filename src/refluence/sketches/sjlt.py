@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +36,8 @@ class SJLT(Sketch):
     nonzeros: int = 1
     seed: int = 0
 
-    chunk_rows: ClassVar[int] = 64
-    chunk_columns: ClassVar[int] = 1 << 17
+    chunk_rows = 64
+    chunk_columns = 1 << 17
 
     def __post_init__(self) -> None:
         super().__post_init__()

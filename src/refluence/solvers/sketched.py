@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,8 +31,8 @@ class Sketched:
 
     Args:
         sketch: P, with m rows for each block.
-        corrected: μ is chosen so that the scores estimate the exact ones at the damping asked for, because a sketch adds
-            damping of its own (`rf.theory.corrected_damping`); False: μ is the damping asked for (the published τ̃).
+        corrected: μ is chosen so that the scores estimate the exact ones at the damping asked for, because a sketch
+            adds damping of its own (`rf.theory.corrected_damping`); False: μ is the damping asked for, as published.
     """
 
     sketch: Sketch
@@ -56,7 +56,7 @@ class SketchedRows:
         rows = curvature.rows
         self.n, self.m = rows.n, sketch.m
         # Blocks have independent sketches: equal columns would correlate their errors.
-        self.sketches = {group: replace(sketch, seed=sketch.seed + i) for i, group in enumerate(rows.groups)}
+        self.sketches = {group: sketch.reseeded(sketch.seed + i) for i, group in enumerate(rows.groups)}
         self.projected = {
             group: torch.empty(self.n, self.m, dtype=rows.dtype, device=rows.device) for group in rows.groups
         }
