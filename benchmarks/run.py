@@ -27,9 +27,11 @@ def main() -> int:
     unknown = sorted(set(chosen) - set(ITEMS))
     if unknown:
         sys.exit(f"--only knows {', '.join(ITEMS)}; not {', '.join(unknown)}")
-    document = options.out or (DOCUMENT if chosen == list(ITEMS) and not options.quick else folder / "benchmarks.md")
+    full = chosen == list(ITEMS) and not options.quick and options.damping == DAMPING
+    document = options.out or (DOCUMENT if full else folder / "benchmarks.md")
     if not options.render:
-        found = measure(folder, QUICK if options.quick else FULL, chosen, options.repetitions)
+        size = QUICK if options.quick else FULL
+        found = measure(folder, size, chosen, options.damping, options.repetitions)
         (folder / "results.json").write_text(json.dumps(found, indent=1))
     found = json.loads((folder / "results.json").read_text())
     document.parent.mkdir(parents=True, exist_ok=True)
@@ -43,13 +45,14 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--only", help=f"some of {','.join(ITEMS)}; the report then goes to runs/bench/")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether everything runs, not how fast")
+    parser.add_argument("--damping", type=float, default=DAMPING, help="λ of every method (default %(default)g)")
     parser.add_argument("--repetitions", type=int, help="at most so many of each case")
     parser.add_argument("--render", action="store_true", help="write the report again from the last results")
     parser.add_argument("--out", type=Path, help="write the report there")
     return parser.parse_args()
 
 
-def measure(folder: Path, size: Size, chosen: list[str], repetitions: int | None) -> dict[str, Any]:
+def measure(folder: Path, size: Size, chosen: list[str], damping: float, repetitions: int | None) -> dict[str, Any]:
     """All results as plain data; the repetitions of the cases are interleaved, so that all meet the same machine."""
     for name in ("inputs", "scores", "results", "logs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -61,7 +64,7 @@ def measure(folder: Path, size: Size, chosen: list[str], repetitions: int | None
             f"the benchmark's inputs could not be made: {setup['error']}\nset REFLUENCE_DATA to a folder with mnist/"
         )
     rates = _run(folder, "rates", "benchmarks.workers.rates", {"size": size.matrix, "numbers": size.numbers}, 120)
-    table = [case for case in cases(size, DAMPING) if case.item in chosen]
+    table = [case for case in cases(size, damping) if case.item in chosen]
     runs: dict[str, list[dict[str, Any]]] = {case.name: [] for case in table}
     rounds = max(min(case.repetitions, repetitions or case.repetitions) for case in table)
     for repetition in range(rounds):
@@ -74,7 +77,7 @@ def measure(folder: Path, size: Size, chosen: list[str], repetitions: int | None
         "machine": described,
         "versions": machine.versions(),
         "size": vars(size),
-        "damping": DAMPING,
+        "damping": damping,
         "inputs": setup["facts"],
         "rates": rates,
         "cases": [vars(case) | {"runs": runs[case.name]} for case in table],

@@ -1,4 +1,8 @@
-"""pyDVL: InverseHarmonicMeanInfluence, by `influences` on whole data sets or by `influence_factors` first."""
+"""pyDVL: InverseHarmonicMeanInfluence by `influence_factors` of the tests, then `influences_from_factors`.
+
+The documented route that solves once: `influences` on whole data sets applies the operator to the larger side, here
+the train rows, and the calculators apply it again for every chunk.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,8 @@ def method(given: Inputs, options: Options, measurement: Measurement) -> Tensor:
     with measurement.stage("fit"):
         harmonic = harmonic.fit(DataLoader(train, batch_size=options["batch"]))
     with measurement.stage("score"):
-        if options["by_factors"]:
-            factors = harmonic.influence_factors(*given.test)
-            values = harmonic.influences_from_factors(factors, *given.train)
-        else:
-            values = harmonic.influences(*given.test, *given.train)
+        factors = harmonic.influence_factors(*given.test)
+        values = harmonic.influences_from_factors(factors, *given.train)
     return values
 
 

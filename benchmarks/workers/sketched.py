@@ -10,7 +10,7 @@ from benchmarks.protocol import Measurement, Options, run_method
 
 
 def method(given: Inputs, options: Options, measurement: Measurement) -> Tensor:
-    solver = rf.solvers.Sketched(rf.sketches.SJLT(options["m"]))
+    solver = rf.solvers.Sketched(rf.sketches.SJLT(options["m"]), corrected=options["corrected"])
     influence = rf.Influence(rf.Task(given.model), solver=solver, damping=options["damping"], progress=False)
     with measurement.stage("fit"):
         influence.fit(given.train)
