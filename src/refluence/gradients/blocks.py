@@ -125,9 +125,11 @@ class GradientBlock(ABC):
     def nonfinite_row(self) -> int | None:
         """The first example with a NaN or Inf, None where all is finite."""
         for tensor in self.tensors():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            # A finite sum rules NaN and Inf out in one cheap pass.
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
                 bad = ~torch.isfinite(tensor.reshape(self.n, -1)).all(dim=1)
-                return int(bad.nonzero()[0])
+                if bool(bad.any()):
+                    return int(bad.nonzero()[0])
         return None
 
 

@@ -15,6 +15,7 @@ from refluence.sketches.base import Sketch
 from refluence.sketches.random_bits import non_negative, random_bits
 
 CACHE_BYTES = 1 << 30
+DOUBLED_ROWS = 128
 
 _plans: OrderedDict[tuple, tuple[Tensor, ...]] = OrderedDict()
 
@@ -59,10 +60,15 @@ class SJLT(Sketch):
 
     def _accumulate_rows(self, out: Float[Tensor, "n m"], rows: Float[Tensor, "n d"]) -> None:
         """Dense rows in one pass: negative entries go to m further columns, which spares a signed copy of the rows."""
-        doubled = torch.zeros(rows.shape[0], 2 * self.m, dtype=out.dtype, device=out.device)
-        for rows_of_band, signs in zip(*self._hashed(0, rows.shape[1], rows.device), strict=True):
-            doubled.scatter_add_(1, (rows_of_band + self.m * (signs < 0)).expand_as(rows), rows)
-        out += (doubled[:, : self.m] - doubled[:, self.m :]) * self.nonzeros**-0.5
+        places, signs = self._hashed(0, rows.shape[1], rows.device)
+        places = places + self.m * (signs < 0)
+        doubled = torch.empty(DOUBLED_ROWS, 2 * self.m, dtype=out.dtype, device=out.device)
+        for first in range(0, rows.shape[0], DOUBLED_ROWS):
+            some = rows[first : first + DOUBLED_ROWS]
+            sums = doubled[: some.shape[0]].zero_()
+            for place in places:
+                sums.scatter_add_(1, place.expand_as(some), some)
+            out[first : first + DOUBLED_ROWS] += (sums[:, : self.m] - sums[:, self.m :]) * self.nonzeros**-0.5
 
     def fold(self, projected: Float[Tensor, "n m"], m: int) -> Float[Tensor, "n k"]:
         """The projection by the sketch of the same seed of a smaller size `m`, from the projection by this one.

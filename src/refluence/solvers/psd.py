@@ -16,6 +16,7 @@ from refluence.errors import PlanError
 from refluence.theory import numerical_rank
 
 SMALL = 1024
+PANEL = 512
 FACTORS_WORTH_AN_EIGENDECOMPOSITION = 20
 
 
@@ -28,7 +29,7 @@ class PositiveMatrix:
         self._eigenvalues: NDArray[np.float64] | None = None
         self._eigenvectors: Tensor | None = None
         self._factor: tuple[float, Tensor] | None = None
-        self._inverse_diagonals: tuple[float, Tensor, Tensor] | None = None
+        self._inverse_diagonal: tuple[float, Tensor] | None = None
         self._factors_made = 0
 
     @property
@@ -50,7 +51,7 @@ class PositiveMatrix:
     def effective_dimension(self, shift: float) -> float:
         """tr M(M+μI)⁻¹."""
         if self._eigenvalues is None and shift > 0 and self.size > SMALL:
-            return float(self.size - shift * self.inverse_diagonals(shift)[0].sum())
+            return float(self.size - shift * self.inverse_diagonal(shift).sum())
         positive = self.eigenvalues[self.eigenvalues > 0]
         return float((positive / (positive + shift)).sum())
 
@@ -61,34 +62,31 @@ class PositiveMatrix:
             return vectors @ (_inverse(values, shift)[:, None] * (vectors.T @ right))
         return torch.cholesky_solve(right, self._cholesky(shift))
 
-    def inverse_diagonals(self, shift: float) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """Diagonals of (M+μI)⁻¹ and of (M+μI)⁻²."""
-        if self._inverse_diagonals is None or self._inverse_diagonals[0] != shift:
+    def inverse_diagonal(self, shift: float) -> Float[Tensor, " N"]:
+        """Diagonal of (M+μI)⁻¹."""
+        if self._inverse_diagonal is None or self._inverse_diagonal[0] != shift:
             if self._use_eigenvectors(shift):
                 values, vectors = self.eigendecomposition()
-                weights = _inverse(values, shift)
-                squares = vectors.square()
-                diagonals = (squares @ weights, squares @ weights.square())
+                diagonal = vectors.square() @ _inverse(values, shift)
             else:
-                inverse = torch.cholesky_inverse(self._cholesky(shift))
-                diagonals = (inverse.diagonal().clone(), inverse.square_().sum(dim=1))
-            self._inverse_diagonals = (shift, *diagonals)
-        return self._inverse_diagonals[1], self._inverse_diagonals[2]
+                diagonal = _inverse_diagonal_of(self._cholesky(shift))
+            self._inverse_diagonal = (shift, diagonal)
+        return self._inverse_diagonal[1]
 
     def leverages(self, shift: float) -> Float[Tensor, " N"]:
         """Diagonal of M(M+μI)⁻¹."""
         if self._use_eigenvectors(shift):
             values, vectors = self.eigendecomposition()
             return vectors.square() @ (values * _inverse(values, shift))
-        return (1.0 - shift * self.inverse_diagonals(shift)[0]).clamp(min=0.0)
+        return (1.0 - shift * self.inverse_diagonal(shift)).clamp(min=0.0)
 
     def squared_leverages(self, shift: float) -> Float[Tensor, " N"]:
         """Diagonal of M(M+μI)⁻²."""
         if self._use_eigenvectors(shift):
             values, vectors = self.eigendecomposition()
             return vectors.square() @ (values * _inverse(values, shift).square())
-        first, second = self.inverse_diagonals(shift)
-        return (first - shift * second).clamp(min=0.0)
+        inverse = torch.cholesky_inverse(self._cholesky(shift))
+        return (inverse.diagonal() - shift * inverse.square().sum(dim=1)).clamp(min=0.0)
 
     def rank(self) -> int:
         """The numerical rank."""
@@ -126,3 +124,15 @@ def _inverse(values: Float[Tensor, " N"], shift: float) -> Float[Tensor, " N"]:
         return 1.0 / (values + shift)
     floor = values.numel() * torch.finfo(values.dtype).eps * values.max()
     return torch.where(values > floor, 1.0 / values, 0.0)
+
+
+def _inverse_diagonal_of(factor: Float[Tensor, "N N"]) -> Float[Tensor, " N"]:
+    """Diagonal of (LLᵀ)⁻¹: squared column norms of L⁻¹, some columns at a time and without their zeros."""
+    size = factor.shape[0]
+    diagonal = factor.new_empty(size)
+    for first in range(0, size, PANEL):
+        last = min(first + PANEL, size)
+        unit = torch.eye(size - first, last - first, dtype=factor.dtype, device=factor.device)
+        columns = torch.linalg.solve_triangular(factor[first:, first:], unit, upper=False)
+        diagonal[first:last] = columns.square_().sum(dim=0)
+    return diagonal
