@@ -121,7 +121,7 @@ def targets(found: Found) -> list[Target]:
         _best(found, "dattri TRAKAttributor ÷ sketched scores as published", "trak-", sketched, 5),
         _best(found, "dattri TRAKAttributor ÷ sketched scores with corrected damping", "trak-", corrected, 5),
     ]
-    return [line for line in lines if line.measured != "not run" or len(found.cases) > 10]
+    return [line for line in lines if line.measured != "not measured" or len(found.cases) > 10]
 
 
 def _best(found: Found, text: str, prefix: str, ours: float | None, target: float) -> Target:
@@ -142,7 +142,7 @@ def _share(text: str, ours: float | None, bound: float | None) -> Target:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "not run" if value is None else form.format(value)
+    return "not measured" if value is None else form.format(value)
 
 
 def _table(header: list[str], rows: Iterable[list[str]], align: str) -> str:
