@@ -149,6 +149,7 @@ def plan(
     chosen = rows.parse_rows(test_rows, total, lambda: list(range(total)))
     found = method.influence(problem.task).plan_for(problem.train, n_test=len(chosen))
     Console().print(escape(found.summary()), highlight=False, soft_wrap=True)
+    found.check()
 
 
 @app.command(

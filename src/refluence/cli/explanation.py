@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -52,7 +53,7 @@ def explain(problem: Problem, method: Method, rows: list[int]) -> Explanation:
         influence.fit(problem.train)
     with timed(seconds, "score"):
         scores = influence.score(select_rows(problem.test, rows))
-    return Explanation(problem, rows, influence, dataclasses.replace(scores, test_ids=rows), seconds)
+    return Explanation(problem, rows, influence, dataclasses.replace(scores, test_ids=np.asarray(rows)), seconds)
 
 
 def write(

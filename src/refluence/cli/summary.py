@@ -73,8 +73,7 @@ def _strongest(top: pd.DataFrame) -> Table:
 def _entry(of_test: pd.DataFrame, direction: str) -> str:
     if direction not in of_test.index:
         return "—"
-    row = of_test.loc[direction]
-    return f"{_row(row['train'])}  ({row['score']:+.4g})"
+    return f"{of_test['train'][direction]}  ({of_test['score'][direction]:+.4g})"
 
 
 def _damping(damping: float | Mapping[str, float]) -> str:

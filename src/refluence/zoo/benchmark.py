@@ -137,10 +137,11 @@ def _describe(
 ) -> str:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     momentum = f", momentum {recipe.momentum:g}" if recipe.momentum else ""
-    decay = f", l2 {recipe.l2:g}" if recipe.l2 else ""
+    weight_decay = f", l2 {recipe.l2:g}" if recipe.l2 else ""
+    step = f"{recipe.learning_rate:g}{' falling to 0' if recipe.decay else ''}"
     noise = f" The labels of {flipped:,} train rows were made wrong on purpose before training." if flipped else ""
     return (
-        f"{split.provenance}. Model {model}: {parameters:,} parameters, SGD with step {recipe.learning_rate:g}"
-        f"{momentum}{decay}, {recipe.epochs} epochs, batch {recipe.batch_size}, seed {seed}.{noise} "
+        f"{split.provenance}. Model {model}: {parameters:,} parameters, SGD with step {step}"
+        f"{momentum}{weight_decay}, {recipe.epochs} epochs, batch {recipe.batch_size}, seed {seed}.{noise} "
         f"Test accuracy {accuracy:.1%}."
     )

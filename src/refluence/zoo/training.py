@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,22 +20,26 @@ from refluence.zoo.models import check_names
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stochastic gradient descent on mean cross-entropy + (l2/2)·‖θ‖², reshuffled every epoch, constant step."""
+    """Stochastic gradient descent on mean cross-entropy + (l2/2)·‖θ‖², reshuffled every epoch.
+
+    The step is constant, or with `decay` falls to zero along a cosine, which ends nearer to a stationary point.
+    """
 
     learning_rate: float
     momentum: float
     epochs: int
     batch_size: int
     l2: float = 0.0
+    decay: bool = False
 
 
 _RECIPES: dict[tuple[str, str], Recipe] = {
-    ("digits", "mlp"): Recipe(learning_rate=0.05, momentum=0.9, epochs=30, batch_size=64),
-    ("digits", "lr"): Recipe(learning_rate=0.1, momentum=0.9, epochs=40, batch_size=64),
-    ("digits", "cnn"): Recipe(learning_rate=0.05, momentum=0.9, epochs=20, batch_size=64),
+    ("digits", "mlp"): Recipe(learning_rate=0.1, momentum=0.9, epochs=30, batch_size=64, decay=True),
+    ("digits", "lr"): Recipe(learning_rate=0.5, momentum=0.9, epochs=40, batch_size=64, decay=True),
+    ("digits", "cnn"): Recipe(learning_rate=0.1, momentum=0.9, epochs=30, batch_size=64, decay=True),
     ("mnist", "mlp"): Recipe(learning_rate=0.01, momentum=0.9, epochs=50, batch_size=64),
     ("mnist", "lr"): Recipe(learning_rate=0.01, momentum=0.0, epochs=20, batch_size=32),
-    ("mnist", "cnn"): Recipe(learning_rate=0.05, momentum=0.9, epochs=10, batch_size=64),
+    ("mnist", "cnn"): Recipe(learning_rate=0.05, momentum=0.9, epochs=10, batch_size=64, decay=True),
 }
 
 
@@ -64,20 +70,35 @@ def train(
     """
     inputs, labels = data
     shuffle = torch.Generator().manual_seed(stream(seed, "shuffle"))
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _one_thread():
         # not torch.manual_seed, which would reseed the accelerators too
         torch.default_generator.manual_seed(seed)
         model = build().train()
         optimizer = torch.optim.SGD(
             model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.l2
         )
+        steps = recipe.epochs * math.ceil(len(labels) / recipe.batch_size)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if recipe.decay else None
         for _ in track(range(recipe.epochs), "training", enabled=progress):
             for rows in torch.randperm(len(labels), generator=shuffle).split(recipe.batch_size):
                 optimizer.zero_grad()
                 F.cross_entropy(model(inputs[rows]), labels[rows]).backward()
                 optimizer.step()
+                if schedule is not None:
+                    schedule.step()
     optimizer.zero_grad()
     return model.eval()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small batches are about as quick on one thread, and many times quicker where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,410 @@
+"""The command line end to end, on the digits."""
+
+import json
+import subprocess
+import sys
+import textwrap
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import refluence as rf
+from refluence.cli import app
+from refluence.cli.method import parse_damping
+from refluence.cli.rows import parse_rows, select_rows
+from refluence.zoo import load_benchmark
+
+RESULTS = {"scores.zarr", "top.parquet", "manifest.json", "report.html"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One cache for all tests here, so that a model is trained once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REFLUENCE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("COLUMNS", "200")
+        patch.delenv("REFLUENCE_DATA", raising=False)
+        yield
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    unexpected = None if isinstance(result.exception, SystemExit) else result.exception
+    assert unexpected is None, result.output
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def attributed(tmp_path_factory):
+    """The folder and the output of one run."""
+    out = tmp_path_factory.mktemp("run") / "results"
+    rows = ["--test-rows", "3,0:2,359", "--top", 5]
+    return out, run("attribute", "--dataset", "digits", "--model", "mlp", "--out", out, "--seed", 0, *rows).stdout
+
+
+def test_attribute_writes_what_it_promises(attributed):
+    out, _ = attributed
+    assert {path.name for path in out.iterdir()} == RESULTS
+    scores = rf.Scores.load(out / "scores.zarr")
+    assert scores.values.shape == (4, 1437)
+    assert scores.test_ids.tolist() == [3, 0, 1, 359]
+    top = pd.read_parquet(out / "top.parquet")
+    assert len(top) == 4 * 5 * 2
+    assert set(top["direction"]) == {"helpful", "harmful"}
+    assert list(dict.fromkeys(top["test"])) == [3, 0, 1, 359]
+    first = top[(top["test"] == 359) & (top["direction"] == "helpful") & (top["rank"] == 1)].iloc[0]
+    assert first["train"] == scores.values[3].argmax().item()
+    assert first["score"] == pytest.approx(scores.values[3].max().item())
+    assert (out / "report.html").read_text().lstrip().lower().startswith("<!doctype html>")
+
+
+def test_attribute_gives_the_scores_of_the_library(attributed):
+    benchmark = load_benchmark("digits", "mlp", progress=False)
+    influence = rf.Influence(benchmark.task, progress=False).fit(benchmark.train)
+    expected = influence.score(tuple(part[[3, 0, 1, 359]] for part in benchmark.test)).values
+    torch.testing.assert_close(rf.Scores.load(attributed[0] / "scores.zarr").values, expected)
+
+
+def test_the_manifest_says_what_made_the_results(attributed):
+    manifest = json.loads((attributed[0] / "manifest.json").read_text())
+    assert manifest["status"] == "complete"
+    assert manifest["command"] == "attribute"
+    assert manifest["options"]["test_rows"] == "3,0:2,359"
+    assert manifest["options"]["seed"] == 0
+    assert manifest["test_rows"] == [3, 0, 1, 359]
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["problem"]["accuracy"] >= 0.96
+    assert manifest["problem"]["recipe"]["epochs"] == 30
+    assert {"fit", "score", "save", "report"} <= set(manifest["timings_seconds"])
+    assert set(manifest["files"]) == RESULTS - {"manifest.json"}
+    assert manifest["influence"]
+
+
+def test_attribute_prints_a_summary_and_the_files(attributed):
+    out, printed = attributed
+    for expected in ("4 test rows by 1,437 train rows", "test accuracy", "damping", "effective dimension", "359"):
+        assert expected in printed
+    assert str(out / "report.html") in printed.replace("\n", "")
+
+
+def test_attribute_again_on_its_own_folder_leaves_nothing_old(attributed, tmp_path):
+    out = tmp_path / "results"
+    run("attribute", "--dataset", "digits", "--out", out, "--test-rows", "0", "--top", 1, "--quiet")
+    quiet = run("attribute", "--dataset", "digits", "--out", out, "--test-rows", "1", "--no-report", "--quiet")
+    assert quiet.output == ""
+    assert {path.name for path in out.iterdir()} == RESULTS - {"report.html"}
+    assert rf.Scores.load(out / "scores.zarr").test_ids.tolist() == [1]
+
+
+def test_a_folder_of_something_else_is_not_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    result = run("attribute", "--dataset", "digits", "--out", tmp_path, code=1)
+    assert "was not made by refluence" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "manifest.json").write_text('{"tool": "another"}')
+    run("attribute", "--dataset", "digits", "--out", tmp_path, code=1)
+
+
+def test_a_run_that_was_cut_off_can_be_repeated(tmp_path):
+    out = tmp_path / "results"
+    out.mkdir()
+    (out / "manifest.json").write_text('{"tool": "refluence", "status": "running"}')
+    (out / "top.parquet").write_bytes(b"half")
+    run("attribute", "--dataset", "digits", "--out", out, "--test-rows", "0", "--no-report", "--quiet")
+    assert json.loads((out / "manifest.json").read_text())["status"] == "complete"
+
+
+def test_the_misclassified_rows(tmp_path):
+    out = tmp_path / "results"
+    run("attribute", "--dataset", "digits", "--out", out, "--test-rows", "errors", "--no-report", "--quiet")
+    benchmark = load_benchmark("digits", "mlp", progress=False)
+    inputs, labels = benchmark.test
+    wrong = (benchmark.task.model(inputs).argmax(1) != labels).nonzero().flatten().tolist()
+    assert 0 < len(wrong) < 20
+    assert rf.Scores.load(out / "scores.zarr").test_ids.tolist() == wrong
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--solver", "gram"],
+        ["--solver", "dense", "--damping", "1e-2", "--model", "lr"],
+        ["--solver", "identity"],
+        ["--sketch", "gaussian", "--sketch-size", 256, "--damping", "relative:0.5"],
+        ["--solver", "sketched", "--sketch", "rademacher", "--sketch-size", 256, "--damping", "dim:20"],
+        ["--sketch-size", 512],
+        ["--dtype", "float64", "--batch-size", 100, "--device", "cpu", "--memory", "2GB"],
+    ],
+    ids=lambda options: " ".join(str(option) for option in options),
+)
+def test_every_option_runs(tmp_path, options):
+    out = tmp_path / "results"
+    run("attribute", "--dataset", "digits", "--out", out, "--test-rows", "0:2", "--no-report", *options)
+    values = rf.Scores.load(out / "scores.zarr").values
+    assert values.shape == (2, 1437)
+    assert torch.isfinite(values).all()
+    assert values.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--dataset", "imagenet"], "digits, mnist"),
+        (["--dataset", "digits", "--model", "vit"], "mlp, lr, cnn"),
+        (["--dataset", "digits", "--solver", "magic"], "gram"),
+        (["--dataset", "digits", "--damping", "much"], "relative:0.1"),
+        (["--dataset", "digits", "--damping", "relative:-1"], "RelativeDamping needs a ratio"),
+        (["--dataset", "digits", "--test-rows", "400"], "0 to 359"),
+        (["--dataset", "digits", "--test-rows", "first"], "not understood"),
+        (["--dataset", "digits", "--test-rows", "5:5"], "selects none"),
+        (["--dataset", "digits", "--device", "abacus"], "abacus"),
+        (["--dataset", "digits", "--solver", "gram", "--sketch-size", "5"], "for the sketched solver"),
+        (["--dataset", "digits", "--task", "a:b"], "either --dataset"),
+        ([], "either --dataset"),
+        (["--task", "a:b", "--label-noise", "0.1"], "built-in"),
+        (["--task", "nothing"], "module:function"),
+        (["--task", "no_such_module_at_all:task"], "no module"),
+        (["--task", "no_such_file.py:task"], "no file"),
+        (["--task", "json:nothing_here"], "has no function"),
+    ],
+    ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else None,
+)
+def test_what_cannot_be_understood_is_a_usage_error(tmp_path, options, expected):
+    result = run("attribute", "--out", tmp_path / "results", *options, code=2)
+    assert expected in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_library_error_is_one_line_and_debug_shows_where(tmp_path):
+    arguments = ["attribute", "--dataset", "mnist", "--out", tmp_path / "results"]
+    result = run(*arguments, code=1)
+    assert result.stderr.startswith("Error: MNIST was not found")
+    assert "refluence data fetch mnist" in result.stderr
+    assert "Traceback" not in result.output
+    assert "Traceback" in run(*arguments, "--debug", code=1).stderr
+    assert "Traceback" in run("--debug", *arguments, code=1).stderr
+
+
+MODULE = """
+    import torch
+    from torch import nn
+    import refluence as rf
+    from refluence.report import Presentation
+    from refluence.zoo import load_benchmark
+
+    def parts():
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(60, 4, generator=generator)
+        y = (x[:, 0] > 0).long()
+        torch.manual_seed(0)
+        return rf.Task(nn.Linear(4, 2)), (x[:50], y[:50]), (x[50:], y[50:])
+
+    def shown():
+        return (*parts(), Presentation(kind="table", feature_names=["alpha", "beta", "gamma", "delta"]))
+
+    def datasets():
+        task, train, test = parts()
+        as_dataset = torch.utils.data.TensorDataset
+        return task, torch.utils.data.DataLoader(as_dataset(*train), batch_size=7), Rows(*test)
+
+    class Rows(torch.utils.data.Dataset):
+        def __init__(self, *parts): self.parts = parts
+        def __len__(self): return len(self.parts[0])
+        def __getitem__(self, row): return tuple(part[row] for part in self.parts)
+
+    def benchmark():
+        return load_benchmark("digits", "mlp", progress=False)
+
+    def regression():
+        x = torch.randn(20, 3)
+        return rf.Task(nn.Linear(3, 1), loss="mse"), (x, x[:, 0]), (x, x[:, 0])
+
+    def wrong():
+        return 42
+
+    def broken():
+        raise KeyError("lost")
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module in the working folder."""
+    name = f"users_{uuid.uuid4().hex}"
+    (tmp_path / f"{name}.py").write_text(textwrap.dedent(MODULE))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_a_users_own_task_by_module(module):
+    run("attribute", "--task", f"{module}:parts", "--out", "results", "--test-rows", "0:3", "--top", 2)
+    scores = rf.Scores.load("results/scores.zarr")
+    assert scores.values.shape == (3, 50)
+    task, train, test = sys.modules[module].parts()
+    expected = rf.Influence(task, progress=False).fit(train).score(tuple(part[:3] for part in test)).values
+    torch.testing.assert_close(scores.values, expected)
+
+
+def test_a_users_own_task_by_file_with_a_presentation(module, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    out = tmp_path / "results"
+    run("attribute", "--task", f"{tmp_path / module}.py:shown", "--out", out, "--test-rows", "9")
+    assert "gamma" in (out / "report.html").read_text()
+
+
+def test_a_users_datasets_and_loaders(module):
+    run("attribute", "--task", f"{module}:datasets", "--out", "sets", "--test-rows", "8,1", "--no-report")
+    run("attribute", "--task", f"{module}:parts", "--out", "tensors", "--test-rows", "8,1", "--no-report")
+    found, expected = (rf.Scores.load(f"{folder}/scores.zarr") for folder in ("sets", "tensors"))
+    assert found.test_ids.tolist() == [8, 1]
+    torch.testing.assert_close(found.values, expected.values)
+
+
+def test_a_users_function_may_return_a_benchmark(module):
+    run("attribute", "--task", f"{module}:benchmark", "--out", "results", "--test-rows", "0", "--no-report")
+    assert json.loads(Path("results/manifest.json").read_text())["problem"]["accuracy"] >= 0.96
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [("wrong", "returned (int); it must return (task, train, test)"), ("broken", "KeyError: 'lost' (line")],
+)
+def test_a_users_function_that_does_not_work(module, function, expected):
+    result = run("attribute", "--task", f"{module}:{function}", "--out", "results", code=1)
+    assert expected in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_errors_of_a_regression_are_not_defined(module):
+    result = run("attribute", "--task", f"{module}:regression", "--out", "r", "--test-rows", "errors", code=2)
+    assert "needs a classifier" in result.stderr
+
+
+def test_a_file_that_cannot_be_imported(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "half.py").write_text("import a_module_that_is_not_there\n")
+    result = run("attribute", "--task", f"{tmp_path / 'half.py'}:f", "--out", tmp_path / "results", code=1)
+    assert "a_module_that_is_not_there" in result.stderr
+    assert "line 1 of" in result.stderr
+
+
+def test_plan_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("REFLUENCE_CACHE", str(tmp_path / "empty"))
+    printed = run("plan", "--dataset", "digits", "--model", "mlp", "--test-rows", "errors").stdout
+    assert "gram" in printed.lower()
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_plan_that_does_not_fit_is_refused():
+    result = run("plan", "--dataset", "digits", "--solver", "dense", "--memory", "1MB", code=1)
+    assert "does not fit" in result.stdout
+    assert result.stderr.startswith("Error: solver Dense needs")
+    assert "Traceback" not in result.output
+
+
+def test_demo_finds_the_wrong_labels(tmp_path):
+    out = tmp_path / "demo"
+    printed = run("demo", "--out", out).stdout
+    assert {path.name for path in out.iterdir()} == RESULTS
+    manifest = json.loads((out / "manifest.json").read_text())
+    recovery = manifest["label_recovery"]
+    assert recovery["flipped"] == recovery["looked_at"] == 72
+    assert recovery["by_chance"] == pytest.approx(3.6, abs=0.02)
+    assert recovery["found"] >= 50
+    assert f"are {recovery['found']} of them" in " ".join(printed.split())
+    assert str(out / "report.html") in printed.replace("\n", "")
+    rows = manifest["test_rows"]
+    assert len(rows) == len(set(rows)) == 12
+    benchmark = load_benchmark("digits", "mlp", label_noise=0.05, progress=False)
+    inputs, labels = (part[rows] for part in benchmark.test)
+    wrong = benchmark.task.model(inputs).argmax(1) != labels
+    assert 0 < wrong.sum() <= 6
+    assert wrong[: int(wrong.sum())].all()  # the misclassified ones first
+    assert len(labels.unique()) >= 8
+    assert manifest["problem"]["flipped"] == benchmark.flipped.tolist()
+
+
+def test_help_has_examples():
+    for command in ([], ["attribute"], ["plan"], ["demo"], ["doctor"], ["data"], ["data", "list"], ["data", "fetch"]):
+        printed = run(*command, "--help").stdout
+        assert "Examples" in printed
+        assert f"refluence {' '.join(command)}".strip() in printed
+
+
+def test_version():
+    assert run("--version").stdout == f"refluence {rf.__version__}\n"
+
+
+def test_help_imports_nothing_heavy_of_the_command_line():
+    """Modules of the command line that compute are imported when a command runs."""
+    script = "import sys, refluence.cli; print([m for m in sys.modules if m.startswith('refluence.zoo')])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_doctor_and_data():
+    printed = run("doctor").stdout
+    for expected in ("torch", "memory", "devices", "cache", "digits", "not found"):
+        assert expected in printed
+    assert "digits" in run("data", "list").stdout
+    assert run("data", "path").stdout.strip().endswith("data")
+    assert "comes with scikit-learn" in run("data", "fetch", "digits").stdout
+    assert "not found" in run("data", "path", "mnist", code=1).stderr
+    assert "digits, mnist" in run("data", "fetch", "cifar", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("3", [3]),
+        ("3,17,5", [3, 17, 5]),
+        ("0:4", [0, 1, 2, 3]),
+        ("-2:", [18, 19]),
+        ("-1", [19]),
+        ("0:20:10", [0, 10]),
+        ("errors", [7, 9]),
+        ("errors, 0:2, 7", [7, 9, 0, 1]),
+        ("all", list(range(20))),
+    ],
+)
+def test_test_rows(text, rows):
+    assert parse_rows(text, 20, lambda: [7, 9]) == rows
+
+
+def test_selecting_rows_keeps_the_kind_of_data():
+    x = torch.arange(12.0).reshape(6, 2)
+    assert torch.equal(select_rows((x, x[:, 0]), [4, 1])[0], x[[4, 1]])
+    assert torch.equal(select_rows({"input": x}, [5])["input"], x[[5]])
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4)
+    assert torch.equal(torch.cat([batch[0] for batch in select_rows(loader, [3, 0])]), x[[3, 0]])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("auto", "auto"),
+        ("1e-3", 1e-3),
+        ("0", 0.0),
+        ("relative:0.1", rf.RelativeDamping(0.1)),
+        ("dim:200", rf.EffectiveDimension(200)),
+    ],
+)
+def test_damping(text, expected):
+    assert parse_damping(text) == expected
+
+
+def test_scores_of_the_folder_are_those_of_the_top_table(attributed):
+    out, _ = attributed
+    scores = rf.Scores.load(out / "scores.zarr")
+    top = pd.read_parquet(out / "top.parquet")
+    position = {row: i for i, row in enumerate(scores.test_ids.tolist())}
+    values = scores.values.numpy()[[position[test] for test in top["test"]], top["train"].to_numpy()]
+    np.testing.assert_allclose(values, top["score"])
