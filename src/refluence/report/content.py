@@ -21,7 +21,7 @@ from refluence.report.presentation import Kind, Presentation, View, column_names
 from refluence.scores import Scores
 
 Z95 = 1.959963984540054
-MAX_CARDS = 300
+MAX_CARDS = 500
 MAX_TOP = 50
 MAX_SUSPICIOUS = 1000
 MAX_NOTES = 20

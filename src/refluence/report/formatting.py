@@ -52,5 +52,5 @@ def shorten(text: str, limit: int) -> str:
 
     They would otherwise let a row of the data reorder or hide what stands beside it.
     """
-    clean = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t\u200d" else c for c in text)
-    return clean if len(clean) <= limit else clean[: limit - 1].rstrip() + "…"
+    cut = text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+    return "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t\u200d" else c for c in cut)
