@@ -12,7 +12,7 @@ from rich.markup import escape
 from refluence._version import __version__
 from refluence.cli import options as o
 from refluence.cli.data import app as data_app
-from refluence.cli.root import Root, examples
+from refluence.cli.root import Command, Root, examples
 
 app = typer.Typer(
     cls=Root,
@@ -30,10 +30,11 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 
-def _version(value: bool) -> None:
+def _version(value: bool) -> bool:
     if value:
         typer.echo(f"refluence {__version__}")
         raise typer.Exit
+    return value
 
 
 @app.callback()
@@ -47,13 +48,14 @@ def main(
 
 
 @app.command(
+    cls=Command,
     epilog=examples(
         ("refluence attribute --dataset digits --model mlp --out results", "twelve test rows, exact"),
         ("refluence attribute --dataset mnist --out results --test-rows errors", "every misclassified row"),
         ("refluence attribute --task package.module:function --out results", "your model and data"),
         ("refluence attribute --dataset mnist --out results --solver sketched --sketch-size 4096", "by a sketch"),
         ("refluence attribute --dataset digits --out results --damping dim:90", "λ by effective dimension"),
-    )
+    ),
 )
 def attribute(
     ctx: typer.Context,
@@ -109,11 +111,12 @@ def attribute(
 
 
 @app.command(
+    cls=Command,
     epilog=examples(
         ("refluence plan --dataset mnist --model mlp", "what auto chooses, and why"),
         ("refluence plan --dataset mnist --solver dense", "whether another solver would fit"),
         ("refluence plan --task my_model.py:influence_task --memory 4GB", "your model in 4 GB"),
-    )
+    ),
 )
 def plan(
     dataset: o.Dataset = None,
@@ -153,10 +156,11 @@ def plan(
 
 
 @app.command(
+    cls=Command,
     epilog=examples(
         ("refluence demo", "into the folder demo"),
         ("refluence demo --out elsewhere --seed 1", "other flipped labels, another network"),
-    )
+    ),
 )
 def demo(
     ctx: typer.Context,
@@ -173,7 +177,7 @@ def demo(
     run(out, seed=seed, top=top, retrain=retrain, quiet=quiet, options=given(ctx))
 
 
-@app.command(epilog=examples(("refluence doctor", "before reporting a problem: what runs here")))
+@app.command(cls=Command, epilog=examples(("refluence doctor", "before reporting a problem: what runs here")))
 def doctor(debug: o.Debug = False) -> None:
     """Print versions, devices, memory, caches and the data found."""
     from refluence.cli.doctor import print_report

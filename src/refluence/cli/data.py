@@ -10,9 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from refluence.cli import options as o
-from refluence.cli.root import examples
+from refluence.cli.root import Command, Group, examples
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     rich_markup_mode="rich",
     help="List, download and find data sets.",
@@ -25,7 +26,7 @@ app = typer.Typer(
 Name = Annotated[str, typer.Argument(help="A built-in data set.")]
 
 
-@app.command("list", epilog=examples(("refluence data list", "checksums are verified on the way")))
+@app.command("list", cls=Command, epilog=examples(("refluence data list", "checksums are verified on the way")))
 def list_(debug: o.Debug = False) -> None:
     """List the built-in data sets and whether they are on this machine."""
     from refluence.zoo import dataset_names, model_names
@@ -39,7 +40,10 @@ def list_(debug: o.Debug = False) -> None:
     Console().print(table)
 
 
-@app.command(epilog=examples(("refluence data fetch mnist", "11.6 MB into the cache; nothing if it is here already")))
+@app.command(
+    cls=Command,
+    epilog=examples(("refluence data fetch mnist", "11.6 MB into the cache, unless it is here")),
+)
 def fetch(name: Name, debug: o.Debug = False) -> None:
     """Download a data set into the cache, verified by its published checksums."""
     from refluence.zoo.availability import fetch_dataset
@@ -50,10 +54,11 @@ def fetch(name: Name, debug: o.Debug = False) -> None:
 
 
 @app.command(
+    cls=Command,
     epilog=examples(
         ("refluence data path mnist", "the folder of its files"),
         ("refluence data path", "where data sets are downloaded to"),
-    )
+    ),
 )
 def path(
     name: Annotated[str | None, typer.Argument(help="A built-in data set.")] = None, debug: o.Debug = False

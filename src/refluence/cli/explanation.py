@@ -96,6 +96,7 @@ def write(
             "problem": _describe(problem),
             "test_rows": explanation.rows,
             "influence": explanation.influence.manifest(),
+            "plan": explanation.influence.plan.summary().splitlines(),
             **(extra or {}),
             "timings_seconds": seconds,
         }

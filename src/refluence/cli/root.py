@@ -16,7 +16,19 @@ DEBUG = "refluence.debug"
 EXAMPLES_TITLE = "[bold]Examples[/bold]"
 
 
-class Root(typer.core.TyperGroup):
+class Command(typer.core.TyperCommand):
+    """A command whose context is the `typer.Context` that its annotations say."""
+
+    context_class = typer.Context
+
+
+class Group(typer.core.TyperGroup):
+    """A group whose context is the `typer.Context` that its annotations say."""
+
+    context_class = typer.Context
+
+
+class Root(Group):
     """Runs a command; an error in what the user gave ends it with one clear message and exit code 1 (usage: 2)."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from refluence.errors import DataError
+from refluence.report.presentation import Presentation
 from refluence.task import Task
 from refluence.zoo import checkpoints
 from refluence.zoo.datasets import DataSplit, Pair, load_dataset
 from refluence.zoo.models import build_model
 from refluence.zoo.training import Recipe, evaluate, recipe_for, stream, train
-
-if TYPE_CHECKING:
-    from refluence.report.presentation import Presentation
 
 
 @dataclass(frozen=True)
@@ -122,8 +119,6 @@ def flip_labels(labels: Tensor, classes: int, share: float, seed: int) -> tuple[
 
 
 def _presentation(split: DataSplit) -> Presentation:
-    from refluence.report.presentation import Presentation
-
     return Presentation(
         kind="image",
         class_names=list(split.class_names),
