@@ -394,7 +394,7 @@ def test_selecting_rows_keeps_the_kind_of_data():
         ("1e-3", 1e-3),
         ("0", 0.0),
         ("relative:0.1", rf.RelativeDamping(0.1)),
-        ("dim:200", rf.EffectiveDimension(200)),
+        ("dim:200", rf.EffectiveDimension(200.0)),
     ],
 )
 def test_damping(text, expected):
