@@ -1,12 +1,19 @@
 """Refluence: which training examples made the model do that, and can you trust the answer?"""
 
-from refluence import errors, sketches, solvers, theory
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from refluence._version import __version__
-from refluence.damping import EffectiveDimension, RelativeDamping
-from refluence.execution import Execution
-from refluence.influence import Influence
-from refluence.scores import Scores
-from refluence.task import Task
+
+if TYPE_CHECKING:
+    from refluence import errors, sketches, solvers, theory
+    from refluence.damping import EffectiveDimension, RelativeDamping
+    from refluence.execution import Execution
+    from refluence.influence import Influence
+    from refluence.scores import Scores
+    from refluence.task import Task
 
 __all__ = [
     "EffectiveDimension",
@@ -21,3 +28,28 @@ __all__ = [
     "solvers",
     "theory",
 ]
+
+_HOMES = {
+    "EffectiveDimension": "damping",
+    "RelativeDamping": "damping",
+    "Execution": "execution",
+    "Influence": "influence",
+    "Scores": "scores",
+    "Task": "task",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `refluence --help` then needs no torch."""
+    if name in _HOMES:
+        value = getattr(import_module(f"refluence.{_HOMES[name]}"), name)
+    elif name in __all__:
+        value = import_module(f"refluence.{name}")
+    else:
+        raise AttributeError(f"module 'refluence' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

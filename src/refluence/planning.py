@@ -15,7 +15,8 @@ from refluence.sketches import SJLT
 from refluence.solvers import Dense, Gram, Identity, Sketched, Solver
 
 ASSUMED_TESTS = 500
-EXACT_SECONDS = 600.0
+EXACT_WORK = {"cpu": 2e13, "cuda": 5e15}
+"""Multiply-adds up to which "auto" prefers exact scores: some ten minutes of two CPU cores, or of one GPU."""
 EXACT_SLOWDOWN = 5.0
 EIGENVALUES_WORK = 8.0
 """Time of LAPACK's symmetric eigenvalues over that of n³/3 multiply-adds of a Cholesky factorisation, measured."""
@@ -48,6 +49,7 @@ class Estimate:
 
     solver: Solver
     memory: float
+    work: float
     seconds: float
 
     @property
@@ -142,10 +144,11 @@ def make_plan(workload: Workload, solver: Solver | str, budget: int) -> Plan:
             f'unknown solver {solver!r}: use "auto" or an object from rf.solvers, such as rf.solvers.Gram()'
         )
     gram, dense, sketched = candidates
-    exact = min((e for e in (gram, dense) if e.memory <= budget), key=lambda e: e.seconds, default=None)
+    # Chosen by counted work and not by measured time, so that the same problem gets the same solver on a busy machine.
+    exact = min((e for e in (gram, dense) if e.memory <= budget), key=lambda e: e.work, default=None)
     if exact is None:
         chosen, reason = sketched, "no exact solver fits the memory"
-    elif exact.seconds > EXACT_SECONDS and exact.seconds > EXACT_SLOWDOWN * sketched.seconds:
+    elif exact.work > max(EXACT_WORK.get(workload.device.type, 2e13), EXACT_SLOWDOWN * sketched.work):
         chosen, reason = sketched, f"the exact one, {exact.name}, would take {format_seconds(exact.seconds)}"
     else:
         side = "n × n Gram matrix" if exact is gram else "d × d curvature"
@@ -160,7 +163,7 @@ def default_sketch(workload: Workload) -> SJLT:
 
 
 def estimate(solver: Solver, w: Workload, budget: int) -> Estimate:
-    """Memory (bytes) and time (seconds) of fit and one score call.
+    """Memory (bytes), work (multiply-adds) and time (seconds) of fit and one score call.
 
     Counts multiply-adds in float64, at the measured rate, and the passes over the gradients.
     """
@@ -192,7 +195,7 @@ def estimate(solver: Solver, w: Workload, budget: int) -> Estimate:
         work = w.inner_product_work * w.n * w.tests
     memory = fixed + min(kept, max(0.0, budget - fixed))
     seconds = w.gradient_seconds * (w.n * passes + w.tests) + work / rate
-    return Estimate(solver, memory, seconds)
+    return Estimate(solver, memory, work, seconds)
 
 
 def _passes(kept: float, room: float) -> float:
