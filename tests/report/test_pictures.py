@@ -47,7 +47,7 @@ def test_what_is_not_a_picture_is_refused_with_the_remedy() -> None:
     with pytest.raises(DataError, match=r"\(2, 90\).*Presentation\(image="):
         pixels(torch.zeros(2, 90))
     with pytest.raises(DataError, match="uint8"):
-        encode(np.zeros((4, 4)))  # type: ignore[arg-type]
+        encode(np.zeros((4, 4)))
 
 
 def test_scale_undoes_the_normalisation_and_shares_one_range() -> None:

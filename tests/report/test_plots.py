@@ -45,7 +45,7 @@ def test_scores_and_share() -> None:
     ax = plot_share(SCORES)
     assert ax.lines[0].get_ydata() == pytest.approx([4 / 7.5, 6 / 7.5, 7 / 7.5, 1])
     assert ax.lines[1].get_ydata() == pytest.approx([0, 0, 0, 0])
-    assert len(plot_share(SCORES, tests=0).lines) == 2
+    assert len(plot_share(SCORES, tests=[0]).lines) == 2
 
 
 def test_self_influence_marks_the_given_rows() -> None:

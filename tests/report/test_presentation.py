@@ -39,7 +39,7 @@ def test_what_the_user_gives_decides_the_kind() -> None:
     assert Presentation(image=lambda s: np.zeros((2, 2), np.uint8)).kind_of(sample) == "image"
     assert Presentation(kind="table").kind_of(sample) == "table"
     with pytest.raises(ValueError, match="unknown kind"):
-        Presentation(kind="video")  # type: ignore[arg-type]
+        Presentation(kind="video")
 
 
 def test_row_of_keeps_the_structure() -> None:
@@ -60,7 +60,7 @@ def test_texts_by_function_by_token_and_masked() -> None:
 
 def test_table_rows_and_names() -> None:
     samples = [(torch.linspace(0, 1, 30), torch.tensor(1.0))]
-    presentation = Presentation(feature_names=np.array(["age", "height"]))  # type: ignore[arg-type]
+    presentation = Presentation(feature_names=np.array(["age", "height"]))
     names, total = column_names(samples, presentation)
     assert (names[:3], len(names), total) == (("age", "height", "x2"), 12, 30)
     cells = views(samples, presentation)[0].cells

@@ -170,11 +170,9 @@ def build_content(
     test_rows = _rows(scores.test_ids, Batches(test, name="test").n, "test")[:MAX_CARDS]
     strongest = [_strongest(row, top) for row in values]
     self_influence = influence.self_influence().detach().double().cpu().numpy()
-    ranking = np.argsort(-self_influence, kind="stable")[: min(suspicious, MAX_SUSPICIOUS)]
+    ranking = np.argsort(-self_influence, kind="stable")[: min(suspicious, MAX_SUSPICIOUS)].tolist()
 
-    shown_train = {int(train_rows[j]) for sides in strongest for side in sides for j in side} | {
-        int(j) for j in ranking
-    }
+    shown_train = {int(train_rows[j]) for sides in strongest for side in sides for j in side} | set(ranking)
     train_examples = examine(task, train, shown_train, presentation, "train")
     test_examples = examine(task, test, test_rows.tolist(), presentation, "test")
     everything = [*train_examples.values(), *test_examples.values()]
@@ -260,7 +258,7 @@ def _suspects(
         Suspect(
             rank, row, shown[row], examples[row].verdict, float(values[row]), max(float(values[row]), 0.0) / largest
         )
-        for rank, row in enumerate((int(j) for j in ranking), start=1)
+        for rank, row in enumerate(ranking, start=1)
     )
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,7 +106,7 @@ class PixelScale:
         return np.round(255 * np.clip(np.nan_to_num(scaled), 0, 1)).astype(np.uint8)
 
 
-def encode(array: NDArray[np.uint8]) -> Picture:
+def encode(array: NDArray[Any]) -> Picture:
     """A uint8 array H×W, H×W×1 or H×W×3 as PNG, or as JPEG where that is smaller; at most 128 pixels a side.
 
     Raises:

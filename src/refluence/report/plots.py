@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -50,13 +51,13 @@ def plot_scores(scores: Scores, test: int = 0, ax: Axes | None = None) -> Axes:
     return _quiet(ax)
 
 
-def plot_share(scores: Scores, tests: ArrayLike | None = None, ax: Axes | None = None) -> Axes:
+def plot_share(scores: Scores, tests: Sequence[int] | None = None, ax: Axes | None = None) -> Axes:
     """The share of the total |influence| that the strongest training examples hold, one curve for each test example.
 
     `tests` are rows of the scores, default all; the dotted line is an influence spread evenly.
     """
     values = np.abs(_array(scores.values))
-    chosen = np.arange(len(values)) if tests is None else np.atleast_1d(np.asarray(tests))
+    chosen = np.arange(len(values)) if tests is None else np.asarray(tests)
     strength = np.sort(values[chosen], axis=1)[:, ::-1]
     total = strength.sum(axis=1, keepdims=True)
     shares = np.cumsum(strength, axis=1) / np.where(total > 0, total, 1)

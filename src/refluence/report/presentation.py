@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from refluence.errors import DataError
 from refluence.report.formatting import number, shorten
 from refluence.report.pictures import Picture, PixelScale, encode, image_shape, pixels
 
 Sample = Any
-Kind = Literal["auto", "image", "text", "table"]
+Kind = Literal["image", "text", "table"]
+Names = Sequence[str] | NDArray[Any]
 
 MAX_TEXT = 1200
 MAX_NAME = 60
@@ -38,25 +40,27 @@ class Presentation:
         mean, std: what the pictures were normalised with, one value or one a channel.
 
     Raises:
-        ValueError: an unknown kind.
+        DataError: an unknown kind.
     """
 
-    kind: Kind = "auto"
-    class_names: Sequence[str] | None = None
+    kind: str = "auto"
+    class_names: Names | None = None
     image: Callable[[Sample], NDArray[np.uint8]] | None = None
     text: Callable[[Sample], str] | None = None
-    feature_names: Sequence[str] | None = None
+    feature_names: Names | None = None
     mean: float | Sequence[float] | None = None
     std: float | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"unknown kind of presentation {self.kind!r}: use one of {', '.join(get_args(Kind))}")
+        if self.kind not in ("auto", *get_args(Kind)):
+            known = ", ".join(("auto", *get_args(Kind)))
+            raise DataError(f"unknown kind of presentation {self.kind!r}: use one of {known}")
 
     def kind_of(self, sample: Sample) -> Kind:
         """The kind in which a sample is shown."""
-        if self.kind != "auto":
-            return self.kind
+        for kind in get_args(Kind):
+            if self.kind == kind:
+                return kind
         if self.image is not None:
             return "image"
         if self.text is not None:
