@@ -156,7 +156,7 @@ def _left_out(content: Content) -> Iterator[str]:
     if len(content.cards) < content.explained:
         yield (
             f"{len(content.cards):,} of the {content.explained:,} explained test examples are shown, the first ones: "
-            "the page is kept below 10 MB. Score a selection of test rows to see others."
+            "the page is kept small, below 10 MB. Score a selection of test rows to see others."
         )
     if len(content.suspects) < content.suspects_asked:
         yield f"{len(content.suspects):,} of {content.suspects_asked:,} suspicious examples are listed."
