@@ -9,6 +9,7 @@ summed scores of a subset and the negated loss of the model retrained on it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ import refluence as rf
 from refluence.progress import track
 from refluence.zoo import load_benchmark
 from refluence.zoo.models import build_model
-from refluence.zoo.training import train
+from refluence.zoo.training import evaluate, train
 
 
 def ground_truth(dataset: str, model: str, benchmark, models: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,13 +54,19 @@ def main() -> None:
     parser.add_argument("--dataset", default="mnist")
     parser.add_argument("--model", default="mlp")
     parser.add_argument("--models", type=int, default=50)
+    parser.add_argument("--epochs", type=int, help="train for so many epochs instead of the published number")
     arguments = parser.parse_args()
     benchmark = load_benchmark(arguments.dataset, arguments.model)
+    if arguments.epochs is not None:
+        recipe = dataclasses.replace(benchmark.recipe, epochs=arguments.epochs)
+        shorter = train(lambda: build_model(arguments.dataset, arguments.model), benchmark.train, recipe)
+        benchmark = dataclasses.replace(benchmark, task=rf.Task(shorter), recipe=recipe)
     masks, losses = ground_truth(arguments.dataset, arguments.model, benchmark, arguments.models)
     influence = rf.Influence(benchmark.task, solver=rf.solvers.Gram()).fit(benchmark.train)
     automatic = float(influence.damping)
     grid = sorted([automatic, *(10.0**e for e in range(-8, 2))])
-    print(f"{arguments.dataset} {arguments.model}: test accuracy {benchmark.accuracy:.3f}, {arguments.models} halves")
+    accuracy = evaluate(benchmark.task.model, benchmark.test).accuracy
+    print(f"{arguments.dataset} {arguments.model}: test accuracy {accuracy:.3f}, {arguments.models} halves")
     print("| λ | d_λ | LDS | ± |\n| --- | --- | --- | --- |")
     for damping in grid:
         fitted = influence.at(damping)
