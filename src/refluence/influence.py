@@ -255,6 +255,11 @@ class Influence:
             self._gradient_norm = squared**0.5
         return self._gradient_norm
 
+    @property
+    def gradient_rms(self) -> float:
+        """√tr C: the root mean square norm of a training example's gradient, the scale of `gradient_norm`."""
+        return sum(self._fitted().state.traces.values()) ** 0.5
+
     def at(self, damping: Damping) -> Influence:
         """The same fit at another damping, without a second pass over the data."""
         self._fitted()

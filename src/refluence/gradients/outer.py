@@ -123,7 +123,7 @@ class OuterBlock(GradientBlock):
     def inner_product_work(self) -> float:
         """Multiply-adds of one inner product, the cheaper way."""
         if self.single is not None:
-            return self.R + self.C
+            return float(self.R + self.C)
         positions = sum(term.row.t for term in self.terms)
         return min(float(positions**2 * (self._lengths() + 10)), float(self.R * self.C))
 

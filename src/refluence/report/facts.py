@@ -15,7 +15,8 @@ from refluence.task import Task
 
 Tone = Literal["plain", "good", "caution"]
 
-STATIONARY = 1e-3
+# Shares of the root mean square gradient norm of an example.
+STATIONARY = 1e-2
 NEARLY_STATIONARY = 1e-1
 MAX_COVERAGE_ROWS = 200
 
@@ -71,7 +72,7 @@ def facts(influence: Influence, scores: Scores) -> tuple[Fact, ...]:
         _exactness(influence, scores),
         _damping(influence.damping),
         _dimension(influence),
-        _convergence(influence.gradient_norm),
+        _convergence(influence.gradient_norm, influence.gradient_rms),
         Fact("Explains", measured(influence.task).noun, measured(influence.task).sentence),
     )
 
@@ -132,11 +133,13 @@ def _dimension(influence: Influence) -> Fact:
     return Fact(name, number(dimension), f"directions that the data determine, of at most {most:,}")
 
 
-def _convergence(norm: float) -> Fact:
-    name = "Gradient at the model"
-    if norm <= STATIONARY:
-        return Fact(name, number(norm), "converged: scores assume a point where training stands still", "good")
-    if norm <= NEARLY_STATIONARY:
-        return Fact(name, number(norm), "nearly converged; scores assume that training stands still")
-    reading = "not converged: scores assume that training stands still, so read them as directions"
+def _convergence(norm: float, typical: float) -> Fact:
+    """The gradient of the objective, against that of a typical training example."""
+    name, share = "Gradient at the model", norm / typical if typical > 0 else 0.0
+    scale = f"{100 * share:.2g} % of a typical example's"
+    if share <= STATIONARY:
+        return Fact(name, number(norm), f"{scale}: converged; scores assume that training stands still", "good")
+    if share <= NEARLY_STATIONARY:
+        return Fact(name, number(norm), f"{scale}: nearly converged; scores assume that training stands still")
+    reading = f"{scale}: not converged; scores assume that training stands still, so read them as directions"
     return Fact(name, number(norm), reading, "caution")
