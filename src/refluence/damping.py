@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,7 @@ class EffectiveDimension:
 Damping = float | RelativeDamping | EffectiveDimension | str
 
 
+@runtime_checkable
 class DampedCurvature(Protocol):
     """What choosing a damping needs to know of a prepared curvature."""
 

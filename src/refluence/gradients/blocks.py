@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 23
 
 
+@runtime_checkable
 class Projection(Protocol):
     """What a block needs of a sketch: chunks of columns are added to the result in any order."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from refluence.batches import Batches, rows_of, slice_rows
@@ -83,9 +84,16 @@ class Capture:
         Raises:
             NonFiniteError: NaN or Inf in a loss or gradient.
         """
-        with self._ready():
-            for start, batch in batches:
-                yield start, self._grouped(batch, objective, start, batches.name)
+        waiting = iter(batches)
+        while True:
+            # Entered for each batch, so that the model is given back also when whoever takes the blocks stops midway.
+            with self._ready():
+                taken = next(waiting, None)
+                if taken is None:
+                    return
+                start, batch = taken
+                blocks = self._grouped(batch, objective, start, batches.name)
+            yield start, blocks
 
     @property
     def coverage(self) -> Coverage:
@@ -131,22 +139,26 @@ class Capture:
         n = rows_of(batch)
         blocks: dict[Owner, GradientBlock] = {}
         left: dict[str, list[Owner]] = {"vmap": [], "single": []}
-        recorded = [route for route in self.routes if route.kind in ("outer", "rows")]
+        recorded = [route for route in self.routes if route.kind in ("outer", "rows", "unused")]
         if recorded:
             recording, errors = self._recorded(batch, objective, start, data)
+            used = recording.used
             for route in recorded:
                 try:
-                    if recording.unknown & set(route.owner.names):
-                        raise LayoutError("a use that no rule knows")
+                    if route.kind == "unused" and not used & set(route.owner.names):
+                        parameter = self.parameters[route.owner.names[0]]
+                        blocks[route.owner] = DenseBlock(
+                            parameter.detach().new_zeros(1, 1).expand(n, parameter.numel())
+                        )
+                        continue
+                    if route.kind == "unused" or recording.unknown & set(route.owner.names):
+                        raise LayoutError("a use that no rule knows, or that the probe did not show")
                     blocks[route.owner] = extract(route.owner, recording.uses, errors, self.shapes, route.layout, n)
                 except LayoutError:
                     left["single"].append(route.owner)
         for route in self.routes:
             if route.kind in left:
                 left[route.kind].append(route.owner)
-            elif route.kind == "unused":
-                parameter = self.parameters[route.owner.names[0]]
-                blocks[route.owner] = DenseBlock(parameter.detach().new_zeros(1, 1).expand(n, parameter.numel()))
         for kind, owners in left.items():
             blocks |= self._fallback(kind, owners, batch, objective)
         for owner, block in blocks.items():
@@ -165,14 +177,18 @@ class Capture:
         _check_rows(output_values, batch)
         recording = recorder.recording
         edges = [use.edge for use in recording.uses if use.edge is not None]
+        unseen = [name for name in self.parameters if name not in recording.used]
         found: Iterator[Tensor | None] = iter(())
-        if edges and output_values.requires_grad:
-            found = iter(torch.autograd.grad(output_values.sum(), edges, allow_unused=True))
+        if (edges or unseen) and output_values.requires_grad:
+            sought: list[Any] = [*edges, *(self.parameters[name] for name in unseen)]
+            found = iter(torch.autograd.grad(output_values.sum(), sought, allow_unused=True))
         errors = []
         for use in recording.uses:
             error = next(found, None) if use.edge is not None else None
             like = output_values.new_zeros(()) if error is None else error
             errors.append(like.expand(use.output_shape) if error is None else error.detach())
+        # What autograd reaches and no torch function showed: a custom autograd function, an extension's kernel.
+        recording.unknown |= {name for name, gradient in zip(unseen, found, strict=False) if gradient is not None}
         return recording, errors
 
     def _fallback(
@@ -192,7 +208,8 @@ class Capture:
         recording, errors = self._recorded(batch, self.loss, 0, "train")
         self._check_independent(batch)
         reference = single_gradients(self.model, self.loss, list(self.parameters), batch)
-        used = {s.name for use in recording.uses for s in (use.weight, use.bias) if s is not None} | recording.unknown
+        whole = torch.cat(list(reference.values()), dim=1).double().norm(dim=1)
+        used = recording.used
         routes, rest = [], []
         for owner in self._owners(recording):
             expected = torch.cat([reference[name] for name in owner.names], dim=1)
@@ -201,13 +218,13 @@ class Capture:
                 continue
             layout = None
             if not recording.unknown & set(owner.names):
-                layout = next((lay for lay in LAYOUTS if self._fits(owner, recording, errors, lay, n, expected)), None)
+                layout = self._layout(owner, recording, errors, n, expected, whole)
             if layout is None:
                 rest += [Owner(name, None) for name in owner.names]
             else:
                 outer = owner.weight is not None and is_outer(recording.uses, owner.weight)
                 routes.append(Route(owner, "outer" if outer else "rows", layout))
-        return tuple(self._in_order(routes + self._rest(rest, batch, reference)))
+        return tuple(self._in_order(routes + self._rest(rest, batch, reference, whole)))
 
     def _owners(self, recording: Recording) -> list[Owner]:
         """A layer's weight and bias as one where they are always used together and lie in one group."""
@@ -230,16 +247,27 @@ class Capture:
         alone = [name for name in self.parameters if name not in joined]
         return owners + [Owner(name, None) if name in weights else Owner(None, name) for name in alone]
 
-    def _fits(
-        self, owner: Owner, recording: Recording, errors: list[Tensor], layout: str, n: int, expected: Tensor
-    ) -> bool:
-        try:
-            rows = extract(owner, recording.uses, errors, self.shapes, layout, n).dense()
-        except (LayoutError, RuntimeError):
-            return False
-        return rows.shape == expected.shape and _agree(rows, expected)
+    def _layout(
+        self, owner: Owner, recording: Recording, errors: list[Tensor], n: int, expected: Tensor, whole: Tensor
+    ) -> str | None:
+        """The layout that gives the expected rows, None where none does.
 
-    def _rest(self, owners: list[Owner], batch: Any, reference: Mapping[str, Tensor]) -> list[Route]:
+        Where the probe's gradients are zero but for rounding they tell nothing: then the only layout that has the right
+        shape, None where there are several.
+        """
+        possible = {}
+        for layout in LAYOUTS:
+            try:
+                rows = extract(owner, recording.uses, errors, self.shapes, layout, n).dense()
+            except (LayoutError, RuntimeError):
+                continue
+            if rows.shape == expected.shape:
+                possible[layout] = rows
+        if bool((expected.double().norm(dim=1) <= _noise(expected.dtype) * whole).all()):
+            return next(iter(possible)) if len(possible) == 1 else None
+        return next((layout for layout, rows in possible.items() if _agree(rows, expected, whole)), None)
+
+    def _rest(self, owners: list[Owner], batch: Any, reference: Mapping[str, Tensor], whole: Tensor) -> list[Route]:
         if not owners:
             return []
         names = [owner.names[0] for owner in owners]
@@ -248,7 +276,7 @@ class Capture:
         except Exception:  # whatever an unforeseen model raises under vmap, single passes still work
             return [Route(owner, "single") for owner in owners]
         return [
-            Route(owner, "vmap" if _agree(rows[owner.names[0]], reference[owner.names[0]]) else "single")
+            Route(owner, "vmap" if _agree(rows[owner.names[0]], reference[owner.names[0]], whole) else "single")
             for owner in owners
         ]
 
@@ -307,9 +335,15 @@ def _tolerance(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 5e-2)
 
 
-def _agree(rows: Tensor, expected: Tensor) -> bool:
-    scale = expected.double().norm(dim=1) + torch.finfo(torch.float32).tiny
-    return bool(((rows.double() - expected.double()).norm(dim=1) <= _tolerance(expected.dtype) * scale).all())
+def _noise(dtype: torch.dtype) -> float:
+    """Rounding of a parameter's gradient, relative to that of all parameters together."""
+    return 8 * torch.finfo(dtype).eps
+
+
+def _agree(rows: Tensor, expected: Tensor, whole: Float[Tensor, " n"]) -> bool:
+    """Whether rows of a parameter's gradients are the expected ones; `whole` are the norms over all parameters."""
+    allowed = _tolerance(expected.dtype) * expected.double().norm(dim=1) + _noise(expected.dtype) * whole
+    return bool(((rows.double() - expected.double()).norm(dim=1) <= allowed).all())
 
 
 def _check_finite(values: Tensor, start: int, data: str) -> None:

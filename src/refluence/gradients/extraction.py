@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from refluence.gradients.blocks import DenseBlock, GradientBlock
@@ -26,7 +26,7 @@ class LayoutError(ValueError):
     """A tensor whose shape does not fit the layout."""
 
 
-def arrange(values: Tensor, layout: str, n: int, leading: int) -> Float[Tensor, "n t ..."]:
+def arrange(values: Tensor, layout: str, n: int, leading: int) -> Shaped[Tensor, "n t ..."]:
     """Bring (leading dimensions..., rest...) to (n examples, t positions, rest...)."""
     lead, rest = values.shape[:leading], values.shape[leading:]
     if layout == "first" and leading >= 1 and lead[0] == n:

@@ -47,7 +47,7 @@ def vectorised_gradients(
     size = sum(parameter.numel() for parameter in parameters.values())
     chunk = max(1, MAX_CHUNK_ELEMENTS // max(1, size))
     rows = vmap(grad(value), in_dims=(None, 0), chunk_size=min(chunk, rows_of(batch)))(parameters, batch)
-    return {name: rows[f"model.{name}"].flatten(1).detach() for name in names}
+    return {name: rows[f"model.{name}"].detach().reshape(rows_of(batch), -1) for name in names}
 
 
 def single_gradients(

@@ -54,6 +54,11 @@ class Recording:
     uses: list[Use] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)
 
+    @property
+    def used(self) -> set[str]:
+        """The parameters with a use, known or not."""
+        return {piece.name for use in self.uses for piece in (use.weight, use.bias) if piece is not None} | self.unknown
+
 
 @dataclass(frozen=True)
 class _Call:

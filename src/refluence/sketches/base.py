@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Self
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from refluence.errors import RefluenceError
 from refluence.gradients.blocks import GradientBlock
+
+S = TypeVar("S", bound="Sketch")
 
 
 class Sketch(ABC):
@@ -31,7 +33,7 @@ class Sketch(ABC):
         if not isinstance(self.seed, int):
             raise RefluenceError(f"the seed of a sketch must be an integer, not {self.seed!r}")
 
-    def reseeded(self, seed: int) -> Self:
+    def reseeded(self: S, seed: int) -> S:
         """The same sketch with another seed."""
         return replace(self, seed=seed)  # type: ignore[type-var]
 

@@ -6,7 +6,7 @@ Push-through: (GᵀWG/n + μ)⁻¹ Gᵀ√W = Gᵀ√W (K + μ)⁻¹, so τ(v, w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from refluence.solvers.psd import PositiveMatrix
 from refluence.solvers.state import Shifts, State, refuse_singular, root_weights, scale_rows
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """Inner products of train rows among themselves and with test rows."""
 

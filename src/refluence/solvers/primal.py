@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from refluence.solvers.state import Shifts, State, refuse_singular
 FeaturesOfBatch = tuple[int, dict[str, Tensor]]
 
 
+@runtime_checkable
 class Features(Protocol):
     """Rows of features by block, in passes."""
 

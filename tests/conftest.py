@@ -1,0 +1,6 @@
+"""Run the tests with the shapes and types of the library's signatures checked."""
+
+from jaxtyping import install_import_hook
+
+# Only modules imported from here on are checked, so this is the first thing that the tests do.
+install_import_hook("refluence", "beartype.beartype")
