@@ -21,6 +21,7 @@ from torch.utils.data import (
 from refluence.errors import DataError
 
 DEFAULT_BATCH_SIZE = 256
+STABLE_ROWS = 4
 
 Data = Any
 Batch = Any
@@ -111,6 +112,8 @@ class Batches:
             self.n = len(data)
         if self.n == 0:
             raise DataError(f"the {name} is empty: give at least one example")
+        if self._loader is not None:
+            self._check_stable()
 
     def __len__(self) -> int:
         """The number of batches."""
@@ -154,7 +157,7 @@ class Batches:
                 yield slice_rows(self._tensors, start, start + self.batch_size)
         else:
             assert self._loader is not None
-            yield from self._loader
+            yield from _started(self._loader)
 
     def _placed(self, batch: Batch) -> Batch:
         def place(tensor: Tensor) -> Tensor:
@@ -162,6 +165,17 @@ class Batches:
             return tensor.to(device=self.device, dtype=dtype)
 
         return batch if self.device is None and self.dtype is None else tree_map(place, batch)
+
+    def _check_stable(self) -> None:
+        """Read a few rows twice, because gradients that fit the memory are made in one pass only."""
+        rows = sorted({*range(min(STABLE_ROWS, self.n)), *range(max(0, self.n - STABLE_ROWS), self.n)})
+        with torch.random.fork_rng(devices=[]):
+            first, second = (_hash(self.select(rows)) for _ in range(2))
+        if first != second:
+            raise DataError(
+                f"rows of the {self.name} differ between two readings: turn off random augmentation, or store the "
+                "transformed rows once"
+            )
 
     def _compare(self, checksum: tuple[str, str]) -> None:
         if self._checksum is None:
@@ -172,6 +186,17 @@ class Batches:
                 f"the rows of the {self.name} changed between two passes (the {which} batch differs): "
                 "turn off random augmentation and shuffling, or store the transformed rows once"
             )
+
+
+def _started(loader: DataLoader) -> Iterator[Batch]:
+    """An iterator over a loader, which draws a seed at its start; the random states are left as they were."""
+    own = loader.generator
+    state = None if own is None else own.get_state()
+    with torch.random.fork_rng(devices=[]):
+        batches = iter(loader)
+    if own is not None:
+        own.set_state(state)
+    return batches
 
 
 def _hash(batch: Batch) -> str:
@@ -202,6 +227,6 @@ def _checked_loader(loader: DataLoader, name: str) -> DataLoader:
             f"the {name} loader draws its rows with {culprit}, so row ids would not be those of the data set: "
             "use DataLoader(dataset, shuffle=False)"
         )
-    if loader.drop_last:
+    if getattr(batch_sampler, "drop_last", loader.drop_last):
         raise DataError(f"the {name} loader has drop_last=True, which loses examples: use drop_last=False")
     return loader

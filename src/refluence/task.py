@@ -59,7 +59,7 @@ def _mean_per_example(values: Tensor) -> Float[Tensor, " n"]:
     return values.reshape(values.shape[0], -1).mean(dim=1)
 
 
-def _classes_last(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _classes_last(output: Any, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (n, t, c), targets (n, t) with ignored ones set to 0, and the mask (n, t) of the targets that count."""
     if not isinstance(output, Tensor) or output.ndim < 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -82,13 +82,13 @@ def _mean_of_counting(values: Float[Tensor, "n t"], counts: Tensor) -> Float[Ten
     return torch.where(counts, values, 0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
 
 
-def cross_entropy(output: Tensor, batch: Batch) -> Float[Tensor, " n"]:
+def cross_entropy(output: Any, batch: Batch) -> Float[Tensor, " n"]:
     """−log p(target), mean over an example's targets that are not −100; class last for more than two dimensions."""
     logits, targets, counts = _classes_last(output, batch_targets(batch))
     return _mean_of_counting(-F.log_softmax(logits, dim=-1).gather(-1, targets[..., None])[..., 0], counts)
 
 
-def classification_margin(output: Tensor, batch: Batch) -> Float[Tensor, " n"]:
+def classification_margin(output: Any, batch: Batch) -> Float[Tensor, " n"]:
     """−log p/(1−p) of the target class (TRAK's margin, negated), mean over an example's targets."""
     logits, targets, counts = _classes_last(output, batch_targets(batch))
     target = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, targets[..., None], True)
@@ -96,13 +96,13 @@ def classification_margin(output: Tensor, batch: Batch) -> Float[Tensor, " n"]:
     return _mean_of_counting(others - logits.gather(-1, targets[..., None])[..., 0], counts)
 
 
-def classification_logit(output: Tensor, batch: Batch) -> Float[Tensor, " n"]:
+def classification_logit(output: Any, batch: Batch) -> Float[Tensor, " n"]:
     """−logit of the target class, mean over an example's targets."""
     logits, targets, counts = _classes_last(output, batch_targets(batch))
     return _mean_of_counting(-logits.gather(-1, targets[..., None])[..., 0], counts)
 
 
-def _like_output(output: Tensor, batch: Batch, loss: str) -> Tensor:
+def _like_output(output: Any, batch: Batch, loss: str) -> Tensor:
     targets = batch_targets(batch)
     if not isinstance(output, Tensor) or targets.numel() != output.numel() or targets.shape[0] != output.shape[0]:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -113,18 +113,18 @@ def _like_output(output: Tensor, batch: Batch, loss: str) -> Tensor:
     return targets.reshape(output.shape).to(output.dtype)
 
 
-def mse(output: Tensor, batch: Batch) -> Float[Tensor, " n"]:
+def mse(output: Any, batch: Batch) -> Float[Tensor, " n"]:
     """(output − target)², mean over an example's outputs."""
     return _mean_per_example((output - _like_output(output, batch, "mse")) ** 2)
 
 
-def binary_cross_entropy(output: Tensor, batch: Batch) -> Float[Tensor, " n"]:
+def binary_cross_entropy(output: Any, batch: Batch) -> Float[Tensor, " n"]:
     """−log p(target) with p = sigmoid(output), mean over an example's outputs."""
     targets = _like_output(output, batch, "binary_cross_entropy")
     return _mean_per_example(F.binary_cross_entropy_with_logits(output, targets, reduction="none"))
 
 
-def binary_logit(output: Tensor, batch: Batch) -> Float[Tensor, " n"]:
+def binary_logit(output: Any, batch: Batch) -> Float[Tensor, " n"]:
     """∓logit: log((1−p)/p) of the target, which for two classes is both the margin and the logit, negated."""
     targets = _like_output(output, batch, "binary_cross_entropy")
     return _mean_per_example((1 - 2 * targets) * output)

@@ -1,0 +1,212 @@
+"""Batches: the rows of a data set in their order, whatever holds them; anything else is an error that says so."""
+
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from refluence.batches import Batches
+from refluence.errors import DataError, RefluenceError
+
+X = torch.arange(22.0).reshape(11, 2)
+Y = torch.arange(11)
+
+
+class Rows(Dataset):
+    """A data set by index."""
+
+    def __init__(self, n=11):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, row):
+        return X[row], Y[row]
+
+
+class Changing(Rows):
+    """A data set whose row `changing` is another at each reading."""
+
+    def __init__(self, row):
+        super().__init__()
+        self.changing, self.readings = row, 0
+
+    def __getitem__(self, row):
+        self.readings += 1
+        return X[row] + (self.readings if row == self.changing else 0), Y[row]
+
+
+class Augmented(Rows):
+    """A data set with noise from torch's global generator."""
+
+    def __getitem__(self, row):
+        return X[row] + torch.randn(2), Y[row]
+
+
+HOLDERS = {
+    "tuple": (X, Y),
+    "list": [X, Y],
+    "tensor data set": TensorDataset(X, Y),
+    "data set": Rows(),
+    "loader": DataLoader(Rows(), batch_size=4),
+    "loader with a sampler": DataLoader(Rows(), batch_size=4, sampler=SequentialSampler(Rows())),
+    "loader with a batch sampler": DataLoader(Rows(), batch_sampler=BatchSampler(SequentialSampler(Rows()), 4, False)),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_every_holder_gives_the_rows_in_order_with_their_ids(holder):
+    batches = Batches(HOLDERS[holder], batch_size=4)
+    for _ in range(2):
+        pieces = list(batches)
+        assert [start for start, _ in pieces] == [0, 4, 8]
+        assert torch.equal(torch.cat([batch[0] for _, batch in pieces]), X)
+        assert torch.equal(torch.cat([batch[1] for _, batch in pieces]), Y)
+    assert (batches.n, len(batches)) == (11, 3)
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_rows_are_selected_in_the_order_asked_for(holder):
+    x, y = Batches(HOLDERS[holder], batch_size=4).select([7, 0, 3])
+    assert torch.equal(x, X[[7, 0, 3]])
+    assert y.tolist() == [7, 0, 3]
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_the_checksum_depends_on_the_rows_and_not_on_how_they_are_held_or_split(holder):
+    same = {Batches(HOLDERS[holder], batch_size=size).checksum for size in (3, 11)}
+    assert same == {Batches((X, Y)).checksum}
+    assert same != {Batches((X + 1, Y)).checksum}
+    assert same != {Batches((X[:-1], Y[:-1])).checksum}
+
+
+def test_nested_batches_are_split_leaf_by_leaf():
+    data = {"a": X, "b": {"c": Y, "d": (X + 1, Y + 1)}}
+    start, batch = list(Batches(data, batch_size=8))[1]
+    assert start == 8
+    assert torch.equal(batch["a"], X[8:])
+    assert torch.equal(batch["b"]["d"][1], Y[8:] + 1)
+
+
+def test_a_tensor_alone_is_a_batch_of_one_element():
+    [(_, batch)] = Batches(X)
+    assert isinstance(batch, tuple)
+    assert torch.equal(batch[0], X)
+
+
+def test_floating_point_tensors_are_cast_and_integers_are_not():
+    [(_, (x, y))] = Batches((X, Y), dtype=torch.float64)
+    assert (x.dtype, y.dtype) == (torch.float64, torch.int64)
+
+
+def test_a_loader_keeps_its_own_batch_size_and_collate_function():
+    loader = DataLoader(Rows(), batch_size=3, collate_fn=lambda items: {"x": torch.stack([x for x, _ in items])})
+    batches = Batches(loader, batch_size=100)
+    assert [len(batch["x"]) for _, batch in batches] == [3, 3, 3, 2]
+    assert torch.equal(batches.select([2])["x"], X[2:3])
+
+
+def test_reading_a_loader_leaves_the_random_states_as_they_were():
+    own = torch.Generator().manual_seed(1)
+    before, own_before = torch.get_rng_state(), own.get_state()
+    list(Batches(DataLoader(Rows(), batch_size=4)))
+    list(Batches(DataLoader(Rows(), batch_size=4, generator=own)))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(own.get_state(), own_before)
+
+
+# ---------------------------------------------------------------- errors
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from zip(X, Y, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (DataLoader(Rows(), shuffle=True), ["RandomSampler", "shuffle=False"]),
+        (DataLoader(Rows(), sampler=RandomSampler(Rows())), ["RandomSampler", "shuffle=False"]),
+        (DataLoader(Rows(), sampler=WeightedRandomSampler([1.0] * 11, 11)), ["WeightedRandomSampler", "shuffle=False"]),
+        (
+            DataLoader(Rows(), batch_sampler=BatchSampler(RandomSampler(Rows()), 4, False)),
+            ["RandomSampler", "shuffle=False"],
+        ),
+        (DataLoader(Rows(), batch_sampler=[[1, 0], [2]]), ["list", "shuffle=False"]),
+        (DataLoader(Rows(), batch_size=4, drop_last=True), ["drop_last=True", "drop_last=False"]),
+        (
+            DataLoader(Rows(), batch_sampler=BatchSampler(SequentialSampler(Rows()), 4, drop_last=True)),
+            ["drop_last", "drop_last=False"],
+        ),
+        (DataLoader(Stream()), ["Stream", "no length", "map-style"]),
+        (Stream(), ["Stream", "no length", "map-style"]),
+        ((row for row in X), ["generator", "no length"]),
+        ((X[:0], Y[:0]), ["train is empty", "at least one"]),
+        (TensorDataset(X[:0], Y[:0]), ["train is empty"]),
+        (Rows(0), ["train is empty"]),
+        ((X, Y[:7]), ["(11, 2)", "(7,)", "first dimension"]),
+        ((X, torch.tensor(1.0)), ["(11, 2)", "()"]),
+        (("a", "b"), ["tuple", "no tensor"]),
+    ],
+)
+def test_data_without_stable_rows_is_refused_with_the_reason_and_the_remedy(data, words):
+    with pytest.raises(DataError) as error:
+        list(Batches(data, name="train"))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_batch_size_below_one_is_refused():
+    with pytest.raises(DataError, match="batch_size must be at least 1, not 0"):
+        Batches((X, Y), batch_size=0)
+
+
+@pytest.mark.parametrize(("row", "which"), [(0, "first"), (10, "last")])
+def test_rows_that_change_between_two_passes_are_found(row, which):
+    data = Changing(row=None)
+    batches = Batches(data, 4, name="train")
+    list(batches)
+    data.changing = row
+    with pytest.raises(DataError, match=rf"rows of the train changed.*{which}.*augmentation"):
+        list(batches)
+
+
+@pytest.mark.parametrize("data", [Augmented(), Changing(0), Changing(10)], ids=["noise", "first row", "last row"])
+def test_random_augmentation_is_found_before_any_pass_and_without_touching_the_random_state(data):
+    before = torch.get_rng_state()
+    with pytest.raises(DataError, match="rows of the train differ between two readings: turn off random augmentation"):
+        Batches(data, 4, name="train")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_tensors_changed_in_place_between_two_passes_are_found():
+    x = X.clone()
+    batches = Batches((x, Y), 4, name="train")
+    list(batches)
+    x[0] += 1
+    with pytest.raises(DataError, match="the first batch differs"):
+        list(batches)
+
+
+def test_a_data_set_shorter_than_its_length_is_refused():
+    class Short(Rows):
+        def __len__(self):
+            return 20
+
+    with pytest.raises((DataError, IndexError)):
+        list(Batches(Short(), 4))
+
+
+def test_every_error_of_the_library_is_a_value_error():
+    assert issubclass(DataError, RefluenceError)
+    assert issubclass(RefluenceError, ValueError)
