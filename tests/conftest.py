@@ -2,5 +2,7 @@
 
 from jaxtyping import install_import_hook
 
+import support.checking
+
 # Only modules imported from here on are checked, so this is the first thing that the tests do.
-install_import_hook("refluence", "beartype.beartype")
+install_import_hook("refluence", f"{support.checking.__name__}.checked")

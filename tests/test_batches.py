@@ -89,6 +89,15 @@ def test_the_checksum_depends_on_the_rows_and_not_on_how_they_are_held_or_split(
     assert same != {Batches((X[:-1], Y[:-1])).checksum}
 
 
+def test_a_tensor_data_set_that_transforms_its_rows_is_read_row_by_row():
+    class Doubled(TensorDataset):
+        def __getitem__(self, row):
+            x, y = super().__getitem__(row)
+            return 2 * x, y
+
+    assert torch.equal(torch.cat([x for _, (x, _) in Batches(Doubled(X, Y), 4)]), 2 * X)
+
+
 def test_nested_batches_are_split_leaf_by_leaf():
     data = {"a": X, "b": {"c": Y, "d": (X + 1, Y + 1)}}
     start, batch = list(Batches(data, batch_size=8))[1]

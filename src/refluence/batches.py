@@ -102,9 +102,9 @@ class Batches:
             self._loader = _checked_loader(data, name)
             self.batch_size = data.batch_size or self.batch_size
             self.n = len(data.dataset)  # type: ignore[arg-type]
-        elif isinstance(data, TensorDataset):
+        elif type(data) is TensorDataset:  # a subclass may transform its rows
             self._tensors, self.n = data.tensors, len(data)
-        elif isinstance(data, (Tensor, tuple, Mapping)) or (isinstance(data, list) and tensors_of(data)):
+        elif isinstance(data, (Tensor, tuple, Mapping)) or (isinstance(data, list) and _are_columns(data)):
             self._tensors = (data,) if isinstance(data, Tensor) else data
             self.n = rows_of(self._tensors)
         else:
@@ -208,6 +208,11 @@ def _hash(batch: Batch) -> str:
     return digest.hexdigest()
 
 
+def _are_columns(data: list) -> bool:
+    """Whether a list holds columns; a list of samples is a data set."""
+    return bool(data) and all(isinstance(item, Tensor) for item in data)
+
+
 def _checked_dataset(data: Any, name: str) -> Dataset:
     if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise DataError(
@@ -220,8 +225,10 @@ def _checked_dataset(data: Any, name: str) -> Dataset:
 def _checked_loader(loader: DataLoader, name: str) -> DataLoader:
     _checked_dataset(loader.dataset, name)
     batch_sampler = loader.batch_sampler
+    if batch_sampler is None:
+        raise DataError(f"the {name} loader has batch_size=None, so its batches are single examples: give a batch size")
     sampler = getattr(batch_sampler, "sampler", loader.sampler)
-    if type(sampler) is not SequentialSampler or not (batch_sampler is None or type(batch_sampler) is BatchSampler):
+    if type(sampler) is not SequentialSampler or type(batch_sampler) is not BatchSampler:
         culprit = type(sampler if type(sampler) is not SequentialSampler else batch_sampler).__name__
         raise DataError(
             f"the {name} loader draws its rows with {culprit}, so row ids would not be those of the data set: "

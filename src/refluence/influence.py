@@ -34,6 +34,8 @@ PROBE_ROWS = 32
 FACTOR_BYTES_PER_BATCH = 64 << 20
 LARGEST_BATCH = 1024
 SHARE_FOR_TESTS = 0.25
+KEPT_SLACK = 1.05
+"""Room for rows that are larger than the probe's, as longer sequences are."""
 NORMALISATIONS = ("theta-relatif", "l-relatif")
 
 
@@ -47,7 +49,7 @@ class _Fit:
     curvature: EmpiricalFisher
     state: State
     plan: Plan
-    seconds: float
+    fingerprint: str
 
 
 class Influence:
@@ -96,7 +98,7 @@ class Influence:
         self.blocks = blocks
         self.groups = parameter_groups(task.model, task.parameter_names(), blocks)
         self.device, self.dtype, self.batch_size = device, dtype, batch_size
-        self.progress, self.seed = progress, seed
+        self.progress, self.seed = progress, int(seed)
         self.execution = execution or Execution()
         self._damping_choice: Damping = check_damping(damping)
         self._fit: _Fit | None = None
@@ -117,18 +119,15 @@ class Influence:
             DataError: shuffled, empty, changing or wrongly shaped data; wrong weights.
             PlanError: the solver does not fit the memory.
         """
-        begin = time.perf_counter()
         capture, batches, plan = self._prepare(train, ASSUMED_TESTS)
         plan.check()
         checked = None if weights is None else _checked_weights(weights, batches.n)
-        kept = int(max(0.0, plan.budget - (plan.memory - batches.n * plan.workload.bytes_per_row)))
-        rows = GradientRows(capture, batches, capture.loss, kept, self.progress)
+        rows = GradientRows(capture, batches, capture.loss, int(plan.chosen.kept * KEPT_SLACK), self.progress)
         curvature = EmpiricalFisher(rows, checked)
         state = plan.chosen.solver.prepare(curvature)
-        self._fit = _Fit(capture.model, capture, rows, curvature, state, plan, 0.0)
+        self._fit = _Fit(capture.model, capture, rows, curvature, state, plan, model_fingerprint(capture.model))
         self._resolved, self._gradient_norm = None, None
         _ = self.shifts
-        self._fit.seconds = time.perf_counter() - begin
         return self
 
     def plan_for(self, train: Data, n_test: int = ASSUMED_TESTS) -> Plan:
@@ -303,14 +302,25 @@ class Influence:
         train_ids = np.arange(self.n_train)
         if groups is not None:
             values, train_ids = self._grouped(values, groups)
-        manifest = {**self.manifest(), "normalize": normalize, "test_fingerprint": rows.batches.checksum}
+        manifest = {
+            **self.manifest(),
+            "normalize": normalize,
+            "score_weights": None if weights is None else _hash_numbers(weights),
+            "groups": groups if groups is None or isinstance(groups, str) else "given labels",
+            "test_fingerprint": rows.batches.checksum,
+        }
         if not bool(torch.isfinite(values).all()):
             raise RefluenceError("the scores hold NaN or Inf: use a larger damping")
         target: Any = self.damping
-        return Scores(values.cpu(), self.n_train, train_ids, None, None, target, manifest)  # type: ignore[arg-type]
+        return Scores(values.cpu(), self.n_train, train_ids, target_damping=target, manifest=manifest)
 
     def _test_rows(self, test: Data) -> GradientRows:
         fit = self._fitted()
+        if model_fingerprint(fit.model) != fit.fingerprint:
+            raise RefluenceError(
+                "the model's parameters or buffers changed since fit, so train and test gradients would not belong "
+                "together: fit again, or fit on a copy of the model"
+            )
         device = fit.rows.device
         batches = Batches(test, self.batch_size or fit.rows.batches.batch_size, device, self.dtype, "test")
         memory = int(SHARE_FOR_TESTS * self.execution.budget(device))
@@ -345,7 +355,8 @@ class Influence:
         return summed, np.asarray(names)
 
     def _classes(self) -> Tensor:
-        targets = [batch_targets(batch) for _, batch in self._fitted().rows.batches]
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed from the user's random state
+            targets = [batch_targets(batch) for _, batch in self._fitted().rows.batches]
         labels = torch.cat([torch.as_tensor(part) for part in targets])
         if labels.ndim != 1:
             raise DataError(f'groups="class" needs one target for each example; the targets have shape {labels.shape}')
@@ -391,8 +402,9 @@ class Influence:
             "device": fit.rows.device.type,
             "seed": self.seed,
             "coverage": fit.capture.coverage.summary,
+            "fit_weights": None if fit.curvature.weights is None else _hash_numbers(fit.curvature.weights),
             "train_fingerprint": fit.rows.batches.checksum,
-            "model_fingerprint": model_fingerprint(fit.model),
+            "model_fingerprint": fit.fingerprint,
         }
 
     def __repr__(self) -> str:
@@ -417,10 +429,14 @@ def _checked_weights(weights: Sequence[float] | Tensor, n: int, negative: bool =
     return values
 
 
+def _hash_numbers(values: Sequence[float] | Tensor) -> str:
+    return hashlib.sha256(torch.as_tensor(values, dtype=torch.float64).cpu().numpy().tobytes()).hexdigest()
+
+
 def model_fingerprint(model: nn.Module) -> str:
-    """A hash of every parameter and buffer, by name."""
-    digest = hashlib.sha256()
+    """A hash of the architecture as printed and of every parameter and buffer."""
+    digest = hashlib.sha256(repr(model).encode())
     for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
