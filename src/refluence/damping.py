@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -28,6 +29,7 @@ class RelativeDamping:
     def __post_init__(self) -> None:
         if not self.ratio > 0:
             raise RefluenceError(f"RelativeDamping needs a ratio > 0, not {self.ratio!r}")
+        object.__setattr__(self, "ratio", float(self.ratio))
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class EffectiveDimension:
     def __post_init__(self) -> None:
         if not self.dimension > 0:
             raise RefluenceError(f"EffectiveDimension needs a dimension > 0, not {self.dimension!r}")
+        object.__setattr__(self, "dimension", float(self.dimension))
 
 
 Damping = float | RelativeDamping | EffectiveDimension | str
@@ -69,7 +72,7 @@ def check_damping(damping: Damping) -> Damping:
     """
     if isinstance(damping, (RelativeDamping, EffectiveDimension)) or damping == "auto":
         return damping
-    if isinstance(damping, (int, float)) and not isinstance(damping, bool) and damping >= 0 and np.isfinite(damping):
+    if isinstance(damping, Real) and not isinstance(damping, bool) and 0 <= float(damping) < np.inf:
         return float(damping)
     raise RefluenceError(
         f'damping must be a number ≥ 0, rf.RelativeDamping(c), rf.EffectiveDimension(k) or "auto", not {damping!r}'

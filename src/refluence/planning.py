@@ -12,12 +12,16 @@ from refluence.damping import Damping, auto_dimension
 from refluence.errors import PlanError
 from refluence.execution import format_bytes
 from refluence.sketches import SJLT
+from refluence.sketches.memory import sketch_cache_bytes
 from refluence.solvers import Dense, Gram, Identity, Sketched, Solver
+from refluence.solvers.sketched import FEATURE_ROWS
 
 ASSUMED_TESTS = 500
 EXACT_WORK = {"cpu": 2e13, "cuda": 5e15}
 """Multiply-adds up to which "auto" prefers exact scores: some ten minutes of two CPU cores, or of one GPU."""
 EXACT_SLOWDOWN = 5.0
+IN_FLIGHT = 4.0
+"""Memory of a batch in work over that of the gradients kept of it: activations, output gradients and copies."""
 EIGENVALUES_WORK = 8.0
 """Time of LAPACK's symmetric eigenvalues over that of n³/3 multiply-adds of a Cholesky factorisation, measured."""
 
@@ -45,10 +49,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory and time of one solver."""
+    """Memory (bytes, of which `kept` for gradients that further passes then need not make), work and time."""
 
     solver: Solver
     memory: float
+    kept: float
     work: float
     seconds: float
 
@@ -175,17 +180,19 @@ def estimate(solver: Solver, w: Workload, budget: int) -> Estimate:
     spectral = 1.0 if isinstance(w.damping, float) else 1.0 + EIGENVALUES_WORK
     passes = 1.0
     if isinstance(solver, Gram):
-        fixed = blocks * 16.0 * w.n**2 + scores + test_rows
+        fixed = blocks * 16.0 * w.n**2 + 8.0 * w.n**2 + scores + test_rows
         passes = _passes(kept, budget - fixed)
         work = w.inner_product_work * w.n * (w.n / 2 + w.tests) + blocks * (spectral * w.n**3 / 3 + w.n**2 * w.tests)
     elif isinstance(solver, Dense):
-        fixed = sum(16.0 * d**2 for d in w.dimensions.values()) + scores + w.tests * w.d * 8.0
+        fixed = sum(16.0 * d**2 for d in w.dimensions.values()) + 8.0 * max(w.dimensions.values()) ** 2
+        fixed += scores + w.tests * w.d * 8.0 + w.batch_size * w.d * (8.0 + w.itemsize)
         passes = 1.0 if kept <= budget - fixed else 2.0
         work = sum(spectral * d**3 / 3 + w.n * d**2 + d**2 * w.tests for d in w.dimensions.values())
         work += w.n * w.d * w.tests
     elif isinstance(solver, Sketched):
         side, m = min(solver.sketch.m, w.n), solver.sketch.m
-        fixed = blocks * (16.0 * side**2 + w.n * m * (w.itemsize + (8.0 if m > w.n else 0.0))) + scores
+        fixed = blocks * (16.0 * side**2 + w.n * m * (max(4, w.itemsize) + (8.0 if m > w.n else 0.0)))
+        fixed += 8.0 * side**2 + scores + 8.0 * (min(w.n, FEATURE_ROWS) + w.tests) * m
         kept = 0.0
         per_entry = solver.sketch.nonzeros * 4.0 if isinstance(solver.sketch, SJLT) else float(m)
         work = (w.n + w.tests) * w.d * per_entry
@@ -193,9 +200,12 @@ def estimate(solver: Solver, w: Workload, budget: int) -> Estimate:
     else:
         fixed = scores + test_rows
         work = w.inner_product_work * w.n * w.tests
-    memory = fixed + min(kept, max(0.0, budget - fixed))
+    in_flight = IN_FLIGHT * w.bytes_per_row * w.batch_size
+    fixed += in_flight + (sketch_cache_bytes(solver.sketch, w.d) if isinstance(solver, Sketched) else 0.0)
+    kept = min(kept, max(0.0, budget - fixed))
+    memory = fixed + kept
     seconds = w.gradient_seconds * (w.n * passes + w.tests) + work / rate
-    return Estimate(solver, memory, work, seconds)
+    return Estimate(solver, memory, kept, work, seconds)
 
 
 def _passes(kept: float, room: float) -> float:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ from torch import Tensor
 from refluence._version import __version__
 from refluence.errors import DataError
 
-FORMAT = "refluence-scores-1"
+FORMAT_NAME = "refluence-scores-"
+FORMAT = FORMAT_NAME + "1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +91,9 @@ class Scores:
         return self._extremes(k, largest=False)
 
     def _extremes(self, k: int, largest: bool) -> pd.DataFrame:
-        if not isinstance(k, int) or k < 1:
+        if not isinstance(k, Integral) or k < 1:
             raise DataError(f"k must be an integer of at least 1, not {k!r}")
-        k = min(k, self.values.shape[1])
+        k = min(int(k), self.values.shape[1])
         _, columns = torch.topk(self.values, k, dim=1, largest=largest)
         rows = np.repeat(np.arange(self.values.shape[0]), k)
         chosen = columns.cpu().numpy().reshape(-1)
@@ -152,14 +156,39 @@ class Scores:
     def save(self, path: str | Path) -> Path:
         """Write a zarr group with the values, errors and ids, and the manifest as its attributes and as JSON.
 
-        An existing directory is replaced only if it holds scores.
+        Written beside the path and then moved there; an existing directory is replaced only if it holds scores.
 
         Raises:
-            DataError: the path holds something else.
+            DataError: the path holds something else, or the manifest is not JSON.
         """
         path = Path(path)
-        if path.exists() and not (path / "manifest.json").exists():
+        if path.exists() and not _holds_scores(path):
             raise DataError(f"{path} exists and holds no scores: choose another path")
+        manifest = {
+            **self.manifest,
+            "format": FORMAT,
+            "refluence": __version__,
+            "n_train": self.n_train,
+            "target_damping": self.target_damping,
+        }
+        try:
+            text = json.dumps(manifest, indent=2) + "\n"
+        except TypeError as error:
+            raise DataError(f"the manifest of the scores cannot be written as JSON: {error}") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            self._write(beside, manifest, text)
+            if path.exists():
+                shutil.rmtree(path)
+            beside.rename(path)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        path.chmod(0o755)
+        return path
+
+    def _write(self, path: Path, manifest: dict[str, Any], text: str) -> None:
         group = zarr.open_group(str(path), mode="w")
         arrays = {"values": self.values.cpu().numpy(), "train_ids": self.train_ids, "test_ids": self.test_ids}
         if self.error is not None:
@@ -169,16 +198,8 @@ class Scores:
                 group.attrs[name] = [str(item) for item in array]
             else:
                 group.create_array(name, data=array)
-        manifest = {
-            **self.manifest,
-            "format": FORMAT,
-            "refluence": __version__,
-            "n_train": self.n_train,
-            "target_damping": self.target_damping,
-        }
         group.attrs["manifest"] = manifest
-        (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        return path
+        (path / "manifest.json").write_text(text)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
@@ -188,7 +209,7 @@ class Scores:
             DataError: the path holds no scores, or of another format.
         """
         path = Path(path)
-        if not (path / "manifest.json").exists():
+        if not _holds_scores(path):
             raise DataError(f"{path} holds no scores: it should be a directory that Scores.save wrote")
         group: Any = zarr.open_group(str(path), mode="r")
         manifest = dict(group.attrs["manifest"])
@@ -212,3 +233,13 @@ class Scores:
         k, n = self.values.shape
         kind = "exact" if self.error is None else "with standard errors"
         return f"Scores({k} test × {n} train, {kind}, damping {self.target_damping})"
+
+
+def _holds_scores(path: Path) -> bool:
+    """Whether a directory is what `Scores.save` wrote, in this or another format version."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return False
+    named = isinstance(manifest, dict) and str(manifest.get("format", "")).startswith(FORMAT_NAME)
+    return named and (path / "zarr.json").exists()

@@ -99,6 +99,6 @@ def test_every_operation_of_the_blocks_agrees_with_the_rows(prepared):
         for width in (1, 7, d, 3 * d):
             seen = torch.full_like(own, torch.nan)
             for first, values in block.chunks(width):
-                assert seen[:, first : first + values.shape[1]].isnan().all(), "columns are covered once"
+                assert seen[:, first : first + values.shape[1]].isnan().all(), "columns are covered once at most"
                 seen[:, first : first + values.shape[1]] = values
-            assert_rows_equal(seen, own)
+            assert_rows_equal(seen.nan_to_num(nan=0.0), own)  # what no chunk covers is zero

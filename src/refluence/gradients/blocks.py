@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,6 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 23
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for sums of many numbers of `dtype`: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @runtime_checkable
@@ -53,7 +59,7 @@ class GradientBlock(ABC):
 
     @abstractmethod
     def chunks(self, columns: int) -> Iterator[tuple[int, Float[Tensor, "n c"]]]:
-        """(first column, gradients of about `columns` columns), covering all; the bounds do not depend on n."""
+        """(first column, gradients of about `columns` columns); what is left out is zero, no bound depends on n."""
 
     @abstractmethod
     def add_gram(self, out: Float[Tensor, "n m"], other: GradientBlock) -> None:
@@ -108,7 +114,7 @@ class GradientBlock(ABC):
 
     def sketch(self, projection: Projection) -> Float[Tensor, "n m"]:
         """Every gradient projected: G Pᵀ."""
-        out = torch.zeros(self.n, projection.m, dtype=self.dtype, device=self.device)
+        out = torch.zeros(self.n, projection.m, dtype=accumulation_dtype(self.dtype), device=self.device)
         self.add_sketch(out, projection, 0)
         return out
 
@@ -117,7 +123,7 @@ class GradientBlock(ABC):
         for first in range(0, self.n, projection.chunk_rows):
             last = min(first + projection.chunk_rows, self.n)
             for start, columns in self.rows(first, last).chunks(projection.chunk_columns):
-                projection.accumulate(out[first:last], columns, offset + start)
+                projection.accumulate(out[first:last], columns.to(out.dtype), offset + start)
 
     def inner_product_work(self) -> float:
         """Multiply-adds of one inner product of two gradients."""
@@ -187,12 +193,68 @@ class DenseBlock(GradientBlock):
 
 def add_dense_gram(out: Float[Tensor, "n m"], left: GradientBlock, right: GradientBlock) -> None:
     """Add the inner products to `out` by forming both sides, some columns at a time."""
+    if isinstance(left, ZeroBlock) or isinstance(right, ZeroBlock):
+        return
     columns = max(1, CHUNK_ELEMENTS // max(left.n, right.n))
     if type(left) is not type(right):
         left, right = DenseBlock(left.dense()), DenseBlock(right.dense())
     for (start, x), (also, y) in zip(left.chunks(columns), right.chunks(columns), strict=True):
         assert start == also, "chunks of two blocks of the same parameters have the same bounds"
         out.addmm_(x.to(out.dtype), y.to(out.dtype).T)
+
+
+@dataclass(frozen=True, eq=False)
+class ZeroBlock(GradientBlock):
+    """Gradients of a parameter that the objective does not use: all zero, and nothing is kept or computed."""
+
+    n: int
+    d: int
+    like: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameter."""
+        return self.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameter is."""
+        return self.like.device
+
+    def write(self, out: Float[Tensor, "n d"]) -> None:
+        """Write zeros into `out`."""
+        out.zero_()
+
+    def chunks(self, columns: int) -> Iterator[tuple[int, Float[Tensor, "n c"]]]:
+        """Nothing: zeros add nothing to any sum."""
+        return iter(())
+
+    def add_gram(self, out: Float[Tensor, "n m"], other: GradientBlock) -> None:
+        """Nothing to add."""
+
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        """Zeros."""
+        return torch.zeros(self.n, dtype=torch.float64, device=self.device)
+
+    def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "n k"]:
+        """Zeros."""
+        return vectors.new_zeros(self.n, vectors.shape[1])
+
+    def rmatvec(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "d k"]:
+        """Zeros."""
+        return weights.new_zeros(self.d, weights.shape[1])
+
+    def rows(self, start: int, stop: int) -> ZeroBlock:
+        """The same zeros for fewer examples."""
+        return ZeroBlock(min(stop, self.n) - start, self.d, self.like)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Nothing is kept."""
+        return iter(())
+
+    def inner_product_work(self) -> float:
+        """None."""
+        return 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,6 +325,16 @@ class JointBlock(GradientBlock):
         """What is kept in memory."""
         for block in self.blocks:
             yield from block.tensors()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype of the blocks."""
+        return reduce(torch.promote_types, (block.dtype for block in self.blocks))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.blocks[0].device
 
     def inner_product_work(self) -> float:
         """Multiply-adds of one inner product of two gradients."""

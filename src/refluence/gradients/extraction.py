@@ -48,6 +48,11 @@ def _padded(values: Float[Tensor, "n t k"], piece: Slice) -> Float[Tensor, "n t 
     return torch.nn.functional.pad(values, (piece.start, piece.rows - piece.stop))
 
 
+def _kept(values: Tensor) -> Tensor:
+    """The values without the rest of a larger tensor that they are a view of, which would stay in memory with them."""
+    return values.clone() if values.untyped_storage().nbytes() > 2 * values.nbytes else values
+
+
 def _leading(use: Use) -> int:
     """How many leading dimensions of the output are examples and positions."""
     if use.kind in ("conv", "channel"):
@@ -60,17 +65,17 @@ def _term(use: Use, error: Tensor, layout: str, n: int) -> Term:
     assert use.weight is not None
     leading = _leading(use)
     if use.kind == "conv":
-        images = arrange(use.inputs, layout, n, 1)
+        images = _kept(arrange(use.inputs, layout, n, 1))
         options = use.options
         patches = Patches(images, options["kernel"], options["stride"], options["dilation"], options["padding"])
         return Term(Dense(_conv_error(error, layout, n)), patches)
-    e = arrange(error, layout, n, leading)
+    e = _kept(arrange(error, layout, n, leading))
     if use.kind == "embedding":
-        index = arrange(use.inputs, layout, n, leading)
+        index = _kept(arrange(use.inputs, layout, n, leading))
         if (padding := use.options["padding"]) is not None:
             e = e * (index != padding)[..., None]
         return Term(OneHot(index + use.weight.start, use.weight.rows, e.dtype), Dense(e))
-    a = arrange(use.inputs, layout, n, leading)
+    a = _kept(arrange(use.inputs, layout, n, leading))
     if use.kind == "matmul":
         return Term(Dense(_padded(a, use.weight)), Dense(e))
     return Term(Dense(_padded(e, use.weight)), Dense(a))

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refluence.gradients.blocks import CHUNK_ELEMENTS, DenseBlock, GradientBlock, add_dense_gram
+from refluence.gradients.blocks import CHUNK_ELEMENTS, DenseBlock, GradientBlock, ZeroBlock, add_dense_gram
 from refluence.gradients.factors import Dense, Factor, OneHot, inner
 
 
@@ -108,6 +108,8 @@ class OuterBlock(GradientBlock):
 
     def add_gram(self, out: Float[Tensor, "n m"], other: GradientBlock) -> None:
         """Add the inner products with the gradients of `other` to `out`, by the cheaper of factors and rows."""
+        if isinstance(other, ZeroBlock):
+            return
         if not isinstance(other, OuterBlock):
             add_dense_gram(out, DenseBlock(self.dense()), other)
         elif (mine := self.single) is not None and (theirs := other.single) is not None:

@@ -53,6 +53,8 @@ class Recording:
 
     uses: list[Use] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)
+    undifferentiated: set[str] = field(default_factory=set)
+    reorders: bool = False
 
     @property
     def used(self) -> set[str]:
@@ -219,6 +221,18 @@ def _transparent(function: Callable) -> Callable:
 TRANSPARENT: dict[Any, Callable] = {F.multi_head_attention_forward: _transparent(F.multi_head_attention_forward)}
 
 
+REORDERING = {
+    torch.index_select,
+    Tensor.index_select,
+    torch.gather,
+    Tensor.gather,
+    torch.masked_select,
+    Tensor.masked_select,
+    torch._VF._pack_padded_sequence,
+}
+"""Calls after which rows may be others than those of the batch, in its order."""
+
+
 class Recorder(TorchFunctionMode):
     """While active, records the uses of the given parameters (name → parameter) in `recording`."""
 
@@ -239,6 +253,8 @@ class Recorder(TorchFunctionMode):
             with self:
                 return TRANSPARENT[func](*args, **kwargs)
         result = func(*args, **kwargs)
+        if func in REORDERING or (func is Tensor.__getitem__ and any(True for _ in _tensors(args[1:]))):
+            self.recording.reorders = True
         used = {id(t): self._slices[id(t)] for t in _tensors(args, kwargs.values()) if id(t) in self._slices}
         if used:
             self._record(func, args, kwargs, result, used)
@@ -249,6 +265,8 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         outputs = list(_tensors((result,), ()))
         if not any(output.requires_grad for output in outputs):
+            if outputs and not torch.is_grad_enabled():
+                self.recording.undifferentiated |= {piece.name for piece in used.values()}
             return
         if self._aliases(outputs, used):
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 
@@ -44,7 +45,7 @@ class GradientRows:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the gradients."""
-        return next(iter(self.capture.parameters.values())).dtype
+        return reduce(torch.promote_types, (p.dtype for p in self.capture.parameters.values()))
 
     def dimension(self, group: str) -> int:
         """d of a group."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from numbers import Integral
 from typing import TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refluence.errors import RefluenceError
-from refluence.gradients.blocks import GradientBlock
+from refluence.gradients.blocks import GradientBlock, accumulation_dtype
 
 S = TypeVar("S", bound="Sketch")
 
@@ -28,10 +29,11 @@ class Sketch(ABC):
     chunk_columns: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.m, int) or self.m < 1:
-            raise RefluenceError(f"the sketch size m must be an integer of at least 1, not {self.m!r}")
-        if not isinstance(self.seed, int):
-            raise RefluenceError(f"the seed of a sketch must be an integer, not {self.seed!r}")
+        for name, low in (("m", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) < 1 << 63:
+                raise RefluenceError(f"{name} of a sketch must be an integer of at least {low}, not {value!r}")
+            object.__setattr__(self, name, int(value))
 
     def reseeded(self: S, seed: int) -> S:
         """The same sketch with another seed."""
@@ -56,8 +58,9 @@ class Sketch(ABC):
                 else type(gradients).__name__
             )
             raise RefluenceError(f"a sketch projects rows (n, d) of floating-point numbers, not {got}")
-        out = torch.zeros(gradients.shape[0], self.m, dtype=gradients.dtype, device=gradients.device)
-        self._accumulate_rows(out, gradients)
+        dtype = accumulation_dtype(gradients.dtype)
+        out = torch.zeros(gradients.shape[0], self.m, dtype=dtype, device=gradients.device)
+        self._accumulate_rows(out, gradients.to(dtype))
         return out
 
     def _accumulate_rows(self, out: Float[Tensor, "n m"], rows: Float[Tensor, "n d"]) -> None:

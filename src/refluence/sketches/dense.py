@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections import OrderedDict
 
@@ -17,6 +18,7 @@ CACHE_BYTES = 2 << 30
 
 _cache: OrderedDict[tuple, Tensor] = OrderedDict()
 _cached_bytes = 0
+_lock = threading.Lock()
 
 
 class DenseSketch(Sketch):
@@ -47,18 +49,22 @@ class DenseSketch(Sketch):
                 out[:, top:bottom].addmm_(scaled, tile.to(columns.dtype).T)
 
     def _kept_tile(self, row: int, column: int, device: torch.device) -> Tensor:
-        global _cached_bytes
         key = (type(self), self.seed, row, column, str(device))
-        if key in _cache:
-            return _cache[key]
+        if (kept := _cache.get(key)) is not None:
+            return kept
         tile = self._tile(row, column, device)
         size = tile.numel() * tile.element_size()
+        with _lock:
+            self._keep(key, tile, size)
+        return tile
+
+    def _keep(self, key: tuple, tile: Tensor, size: int) -> None:
+        global _cached_bytes
         # Oldest-first eviction would defeat the cache on a cyclic pass: what is kept stays until another sketch comes.
         if _cached_bytes + size > CACHE_BYTES:
             for other in [k for k in _cache if k[:2] != key[:2]]:
                 gone = _cache.pop(other)
                 _cached_bytes -= gone.numel() * gone.element_size()
-        if _cached_bytes + size <= CACHE_BYTES:
+        if _cached_bytes + size <= CACHE_BYTES and key not in _cache:
             _cache[key] = tile
             _cached_bytes += size
-        return tile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ CACHE_BYTES = 1 << 30
 DOUBLED_ROWS = 128
 
 _plans: OrderedDict[tuple, tuple[Tensor, ...]] = OrderedDict()
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class SJLT(Sketch):
             out += sums.T
             return
         for rows, signs in zip(*self._hashed(start, columns.shape[1], columns.device), strict=True):
-            out.scatter_add_(1, rows.expand_as(columns), columns * (signs * self.nonzeros**-0.5).to(columns.dtype))
+            out.scatter_add_(1, rows.expand_as(columns), columns * (signs.to(columns.dtype) * self.nonzeros**-0.5))
 
     def _accumulate_rows(self, out: Float[Tensor, "n m"], rows: Float[Tensor, "n d"]) -> None:
         """Dense rows in one pass: negative entries go to m further columns, which spares a signed copy of the rows."""
@@ -87,12 +89,12 @@ class SJLT(Sketch):
     ) -> tuple[Int64[Tensor, "s c"], Int64[Tensor, "s c"]]:
         """Row and sign of every nonzero of columns [start, start + count)."""
         key = (self.m, self.nonzeros, self.seed, start, count, str(device))
-        if key not in _plans:
+        if (kept := _plans.get(key)) is None:
             height = self.m // self.nonzeros
             bits = torch.stack([random_bits(self.seed, band, start, count, device) for band in range(self.nonzeros)])
             band = torch.arange(self.nonzeros, device=device)[:, None] * height
-            _keep(key, (non_negative(bits) % height + band, 1 - 2 * (bits < 0).to(torch.int64)))
-        rows, signs = _plans[key]
+            _keep(key, kept := (non_negative(bits) % height + band, 1 - 2 * (bits < 0).to(torch.int64)))
+        rows, signs = kept
         return rows, signs
 
     def _sorted(
@@ -100,18 +102,19 @@ class SJLT(Sketch):
     ) -> tuple[Int64[Tensor, " sc"], Float[Tensor, " sc"], Int64[Tensor, " m"]]:
         """The columns of each row of P in turn, their entries, and where each row's begin."""
         key = (self.m, self.nonzeros, self.seed, start, count, str(device), dtype)
-        if key not in _plans:
+        if (kept := _plans.get(key)) is None:
             rows, signs = self._hashed(start, count, device)
             order = torch.argsort(rows.flatten(), stable=True)
             counts = torch.bincount(rows.flatten(), minlength=self.m)
-            entries = (signs.flatten()[order] * self.nonzeros**-0.5).to(dtype)
-            _keep(key, (order % count, entries, counts.cumsum(0) - counts))
-        index, entries, offsets = _plans[key]
+            entries = signs.flatten()[order].to(dtype) * self.nonzeros**-0.5
+            _keep(key, kept := (order % count, entries, counts.cumsum(0) - counts))
+        index, entries, offsets = kept
         return index, entries, offsets
 
 
 def _keep(key: tuple, tensors: tuple[Tensor, ...]) -> None:
     """Keep hashed columns for the next batch, the oldest making room."""
-    _plans[key] = tensors
-    while len(_plans) > 1 and sum(t.numel() * t.element_size() for kept in _plans.values() for t in kept) > CACHE_BYTES:
-        _plans.popitem(last=False)
+    with _lock:
+        _plans[key] = tensors
+        while len(_plans) > 1 and sum(t.nbytes for kept in _plans.values() for t in kept) > CACHE_BYTES:
+            _plans.popitem(last=False)

@@ -17,6 +17,8 @@ from refluence.theory import numerical_rank
 
 SMALL = 1024
 PANEL = 512
+ROUNDING = 1e3
+"""Relative error allowed is some ROUNDING⁻¹: below ROUNDING·ε·‖M‖ a damping is refused."""
 FACTORS_WORTH_AN_EIGENDECOMPOSITION = 20
 
 
@@ -50,13 +52,17 @@ class PositiveMatrix:
 
     def effective_dimension(self, shift: float) -> float:
         """tr M(M+μI)⁻¹."""
-        if self._eigenvalues is None and shift > 0 and self.size > SMALL:
-            return float(self.size - shift * self.inverse_diagonal(shift).sum())
-        positive = self.eigenvalues[self.eigenvalues > 0]
-        return float((positive / (positive + shift)).sum())
+        if shift == 0:
+            return float(self.rank())
+        if self._eigenvalues is None and self.size > SMALL:
+            dimension = float(self.size - shift * self.inverse_diagonal(shift).sum())
+            # The difference has lost its digits where the dimension is tiny beside the size.
+            return dimension if dimension > 1e-6 * self.size else float(self.leverages(shift).sum())
+        return float((self.eigenvalues / (self.eigenvalues + shift)).sum())
 
     def solve(self, right: Float[Tensor, "N k"], shift: float) -> Float[Tensor, "N k"]:
-        """(M+μI)⁻¹ B; at μ = 0 the least-norm solution M⁺B."""
+        """(M+μI)⁻¹ B, to a relative error of about ε·σ_max/μ; at μ = 0 the least-norm solution M⁺B."""
+        self._refuse_rounding(shift)
         if self._use_eigenvectors(shift):
             values, vectors = self.eigendecomposition()
             return vectors @ (_inverse(values, shift)[:, None] * (vectors.T @ right))
@@ -65,28 +71,31 @@ class PositiveMatrix:
     def inverse_diagonal(self, shift: float) -> Float[Tensor, " N"]:
         """Diagonal of (M+μI)⁻¹."""
         if self._inverse_diagonal is None or self._inverse_diagonal[0] != shift:
-            if self._use_eigenvectors(shift):
-                values, vectors = self.eigendecomposition()
-                diagonal = vectors.square() @ _inverse(values, shift)
-            else:
-                diagonal = _inverse_diagonal_of(self._cholesky(shift))
-            self._inverse_diagonal = (shift, diagonal)
+            self._inverse_diagonal = (shift, _inverse_diagonal_of(self._cholesky(shift)))
         return self._inverse_diagonal[1]
 
     def leverages(self, shift: float) -> Float[Tensor, " N"]:
-        """Diagonal of M(M+μI)⁻¹."""
-        if self._use_eigenvectors(shift):
-            values, vectors = self.eigendecomposition()
-            return vectors.square() @ (values * _inverse(values, shift))
-        return (1.0 - shift * self.inverse_diagonal(shift)).clamp(min=0.0)
+        """Diagonal of M(M+μI)⁻¹, each to full relative accuracy: no 1 − μ(M+μI)⁻¹ that cancels for small rows."""
+        return (self.matrix * self._inverse_matrix(shift)).sum(dim=1).clamp_(min=0.0)
 
     def squared_leverages(self, shift: float) -> Float[Tensor, " N"]:
         """Diagonal of M(M+μI)⁻²."""
-        if self._use_eigenvectors(shift):
+        inverse = self._inverse_matrix(shift)
+        return (inverse * (self.matrix @ inverse)).sum(dim=1).clamp_(min=0.0)
+
+    def _inverse_matrix(self, shift: float) -> Float[Tensor, "N N"]:
+        if shift == 0:
             values, vectors = self.eigendecomposition()
-            return vectors.square() @ (values * _inverse(values, shift).square())
-        inverse = torch.cholesky_inverse(self._cholesky(shift))
-        return (inverse.diagonal() - shift * inverse.square().sum(dim=1)).clamp(min=0.0)
+            return (vectors * _inverse(values, shift)) @ vectors.T
+        return torch.cholesky_inverse(self._cholesky(shift))
+
+    def _refuse_rounding(self, shift: float) -> None:
+        """An error where M + μI is singular to rounding, whichever factorisation is at hand."""
+        floor = ROUNDING * torch.finfo(torch.float64).eps * float(self.matrix.norm())
+        if 0 < shift < floor and float(self.eigenvalues[0]) + shift < floor:
+            raise PlanError(
+                f"the damping {shift:.3g} is below the rounding of the curvature, {floor:.3g}: use a larger damping"
+            )
 
     def rank(self) -> int:
         """The numerical rank."""
@@ -100,6 +109,7 @@ class PositiveMatrix:
         return self._factors_made >= (2 if self.size <= SMALL else FACTORS_WORTH_AN_EIGENDECOMPOSITION)
 
     def _cholesky(self, shift: float) -> Float[Tensor, "N N"]:
+        self._refuse_rounding(shift)
         if self._factor is None or self._factor[0] != shift:
             self._factor = None
             diagonal = self.matrix.diagonal()
@@ -110,10 +120,7 @@ class PositiveMatrix:
             finally:
                 diagonal.copy_(saved)
             if int(info) != 0:
-                raise PlanError(
-                    f"the damping {shift:.3g} is below the rounding of the curvature (largest entry "
-                    f"{float(saved.max()):.3g}): use a larger damping"
-                )
+                raise PlanError(f"the curvature is not positive at damping {shift:.3g}: use a larger damping")
             self._factor = (shift, factor)
             self._factors_made += 1
         return self._factor[1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from refluence.curvature import EmpiricalFisher
 from refluence.errors import PlanError
+from refluence.gradients.blocks import accumulation_dtype
 from refluence.gradients.rows import GradientRows
 from refluence.sketches import Sketch
 from refluence.solvers.dual import DualState
@@ -55,10 +57,10 @@ class SketchedRows:
     def __init__(self, sketch: Sketch, curvature: EmpiricalFisher) -> None:
         rows = curvature.rows
         self.n, self.m = rows.n, sketch.m
-        # Blocks have independent sketches: equal columns would correlate their errors.
-        self.sketches = {group: sketch.reseeded(sketch.seed + i) for i, group in enumerate(rows.groups)}
+        self.sketches = block_sketches(sketch, rows.groups)
         self.projected = {
-            group: torch.empty(self.n, self.m, dtype=rows.dtype, device=rows.device) for group in rows.groups
+            group: torch.empty(self.n, self.m, dtype=accumulation_dtype(rows.dtype), device=rows.device)
+            for group in rows.groups
         }
         self.traces = dict.fromkeys(rows.groups, 0.0)
         for start, blocks in rows:
@@ -91,6 +93,14 @@ class SketchedRows:
         """Block → products with projected test gradients."""
         projected = self.tests(tests)
         return {group: rows.double() @ projected[group].double().T for group, rows in self.projected.items()}
+
+
+def block_sketches(sketch: Sketch, groups: Sequence[str]) -> dict[str, Sketch]:
+    """A sketch for each block, independent of the others and of other seeds' ones; a single block has `sketch`."""
+    if len(groups) == 1:
+        return {groups[0]: sketch}
+    digests = {group: hashlib.sha256(f"{sketch.seed}:{group}".encode()).digest() for group in groups}
+    return {group: sketch.reseeded(int.from_bytes(digest[:7], "big")) for group, digest in digests.items()}
 
 
 class _Corrected:

@@ -1,0 +1,61 @@
+"""One forward and one backward pass that give the gradient of every recorded output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refluence.batches import rows_of
+from refluence.errors import NonFiniteError, TaskError
+from refluence.gradients.functional import Objective
+from refluence.gradients.recorder import Recorder, Recording
+
+
+def record(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], objective: Objective, batch: Any, start: int, data: str
+) -> tuple[Recording, list[Tensor]]:
+    """(how the parameters were used, gradient of the summed objective in each use's output).
+
+    Raises:
+        NonFiniteError: NaN or Inf in a value, with its row, counted from `start` of `data`.
+        TaskError: not one value for each example.
+    """
+    recorder = Recorder(parameters)
+    with recorder:
+        values = objective(model, batch)
+    _check_finite(values, start, data)
+    _check_rows(values, batch)
+    recording = recorder.recording
+    edges = [use.edge for use in recording.uses if use.edge is not None]
+    unseen = [name for name in parameters if name not in recording.used]
+    found: Iterator[Tensor | None] = iter(())
+    if (edges or unseen) and values.requires_grad:
+        sought: list[Any] = [*edges, *(parameters[name] for name in unseen)]
+        found = iter(torch.autograd.grad(values.sum(), sought, allow_unused=True))
+    errors = []
+    for use in recording.uses:
+        error = next(found, None) if use.edge is not None else None
+        errors.append(values.new_zeros(()).expand(use.output_shape) if error is None else error.detach())
+    # What autograd reaches and no torch function showed: a custom autograd function, an extension's kernel.
+    recording.unknown |= {name for name, gradient in zip(unseen, found, strict=False) if gradient is not None}
+    return recording, errors
+
+
+def _check_finite(values: Tensor, start: int, data: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        row = int((~torch.isfinite(values)).nonzero()[0])
+        raise NonFiniteError(
+            f"the loss of {data} row {start + row} is {values[row].item()}: look at that example's input and target, "
+            "or leave it out"
+        )
+
+
+def _check_rows(values: Tensor, batch: Any) -> None:
+    if values.shape[0] != rows_of(batch):
+        raise TaskError(
+            f"the loss gave {values.shape[0]} values for a batch of {rows_of(batch)} examples: an example is a row of "
+            "the data set; average over an example's own tokens or outputs"
+        )
