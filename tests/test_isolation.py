@@ -139,7 +139,7 @@ def test_attribution_works_and_changes_nothing_where_gradients_are_turned_off(mo
     assert_same(state(model, data), before)
 
 
-class Interrupted(Exception):
+class StoppedError(Exception):
     """What a test's own code raises."""
 
 
@@ -150,7 +150,7 @@ def loss_that_fails_at(call):
         nonlocal calls
         calls += 1
         if calls == call:
-            raise Interrupted
+            raise StoppedError
         return nn.functional.cross_entropy(output, batch[1], reduction="none")
 
     return loss
@@ -162,7 +162,7 @@ def test_a_loss_that_raises_midway_changes_nothing(model, data, call):
     influence = rf.Influence(
         rf.Task(model, loss_that_fails_at(call)), solver=rf.solvers.Gram(), damping=0.1, batch_size=4
     )
-    with pytest.raises(Interrupted) as held:
+    with pytest.raises(StoppedError) as held:
         influence.fit(data).score(data)
     assert_same(state(model, data), before)
     assert held.tb is not None
@@ -183,7 +183,7 @@ class FailingRows(TensorDataset):
 
     def __getitem__(self, row):
         if self.broken and row >= 8:
-            raise Interrupted
+            raise StoppedError
         return super().__getitem__(row)
 
 
@@ -198,7 +198,7 @@ def test_data_that_fail_in_a_later_pass_change_nothing_while_the_error_is_held(m
     influence._fit.rows.memory, influence._fit.rows._kept, influence._fit.rows._fits = 0, None, False
     before = state(model, data)
     {"train": train, "test": test}[broken].broken = True
-    with pytest.raises(Interrupted) as held:
+    with pytest.raises(StoppedError) as held:
         influence.score(test)
     assert_same(state(model, data), before)
     assert held.tb is not None
