@@ -17,6 +17,7 @@ from refluence.solvers import Dense, Gram, Identity, Sketched, Solver
 from refluence.solvers.sketched import FEATURE_ROWS
 
 ASSUMED_TESTS = 500
+SMALLEST_SKETCH = 256
 EXACT_WORK = {"cpu": 2e13, "cuda": 5e15}
 """Multiply-adds up to which "auto" prefers exact scores: some ten minutes of two CPU cores, or of one GPU."""
 EXACT_SLOWDOWN = 5.0
@@ -138,7 +139,7 @@ def make_plan(workload: Workload, solver: Solver | str, budget: int) -> Plan:
     Raises:
         PlanError: an unknown solver.
     """
-    candidates = [estimate(s, workload, budget) for s in (Gram(), Dense(), Sketched(default_sketch(workload)))]
+    candidates = [estimate(Gram(), workload, budget), estimate(Dense(), workload, budget), _sketched(workload, budget)]
     if not isinstance(solver, str):
         if not isinstance(solver, (Gram, Dense, Sketched, Identity)):
             raise PlanError(f'solver must be "auto" or an object from rf.solvers, not {solver!r}')
@@ -164,7 +165,17 @@ def make_plan(workload: Workload, solver: Solver | str, budget: int) -> Plan:
 def default_sketch(workload: Workload) -> SJLT:
     """An SJLT with four rows or more for each effective dimension that the automatic damping leaves."""
     wanted = 4 * auto_dimension(workload.n, workload.d)
-    return SJLT(max(256, 1 << max(0, int(wanted - 1)).bit_length()))
+    return SJLT(max(SMALLEST_SKETCH, 1 << max(0, int(wanted - 1)).bit_length()))
+
+
+def _sketched(workload: Workload, budget: int) -> Estimate:
+    """The default sketch, or the largest smaller one that fits and can still hold the automatic damping."""
+    sketch = default_sketch(workload)
+    result = estimate(Sketched(sketch), workload, budget)
+    while result.memory > budget and sketch.m // 2 >= max(SMALLEST_SKETCH, 2 * auto_dimension(workload.n, workload.d)):
+        sketch = SJLT(sketch.m // 2)
+        result = estimate(Sketched(sketch), workload, budget)
+    return result
 
 
 def estimate(solver: Solver, w: Workload, budget: int) -> Estimate:

@@ -8,6 +8,7 @@ effective dimension at μ, which equals the exact one at κ (LeJeune et al., "As
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from refluence.errors import RefluenceError
@@ -24,7 +25,7 @@ def implied_damping(eigenvalues: Spectrum, size: int, damping: float) -> float:
     """
     if not damping > 0:
         raise RefluenceError(f"damping must be > 0, not {damping!r}")
-    return damping / (1.0 - effective_dimension(eigenvalues, damping) / size)
+    return 1.0 / float((1.0 / (_padded(eigenvalues, size) + damping)).mean())
 
 
 def corrected_damping(eigenvalues: Spectrum, size: int, target: float) -> float:
@@ -40,10 +41,7 @@ def corrected_damping(eigenvalues: Spectrum, size: int, target: float) -> float:
     """
     if not target > 0:
         raise RefluenceError(f"the damping that a sketch is to estimate must be > 0, not {target!r}")
-    values = as_spectrum(eigenvalues)
-    if values.size > size:
-        raise RefluenceError(f"a sketch of m = {size} rows has no {values.size} eigenvalues")
-    values = np.concatenate([values, np.zeros(size - values.size)])
+    values = _padded(eigenvalues, size)
 
     def excess(log_ratio: float) -> float:
         return float((target / (values + target * np.exp(log_ratio))).mean()) - 1.0
@@ -57,3 +55,11 @@ def corrected_damping(eigenvalues: Spectrum, size: int, target: float) -> float:
             f"{max(2 * size, 2 * int(np.ceil(wanted)))}, or a larger damping"
         )
     return target * float(np.exp(brentq(excess, low, 0.0, xtol=1e-13, rtol=1e-13)))
+
+
+def _padded(eigenvalues: Spectrum, size: int) -> NDArray[np.float64]:
+    """All m eigenvalues, with the zeros that were left out."""
+    values = as_spectrum(eigenvalues)
+    if values.size > size:
+        raise RefluenceError(f"a sketch of m = {size} rows has no {values.size} eigenvalues")
+    return np.concatenate([values, np.zeros(size - values.size)])

@@ -1,0 +1,113 @@
+"""Scores: order, frames, intervals, and files that survive."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import refluence as rf
+from refluence.errors import DataError
+
+VALUES = torch.tensor([[3.0, -1.0, 0.5, 2.0], [-4.0, 1.0, 0.0, -2.0]], dtype=torch.float64)
+
+
+@pytest.fixture
+def scores():
+    return rf.Scores(VALUES, n_train=4, test_ids=np.array([10, 20]), target_damping=0.1, manifest={"seed": 3})
+
+
+def test_top_lists_the_most_helpful_first(scores):
+    top = scores.top(2)
+    assert list(top.columns) == ["test", "rank", "train", "score", "error", "predicted_loo_change"]
+    assert top["test"].tolist() == [10, 10, 20, 20]
+    assert top["rank"].tolist() == [1, 2, 1, 2]
+    assert top["train"].tolist() == [0, 3, 1, 2]
+    assert top["score"].tolist() == [3.0, 2.0, 1.0, 0.0]
+    assert top["error"].isna().all()
+    assert top["predicted_loo_change"].tolist() == [0.75, 0.5, 0.25, 0.0]
+
+
+def test_bottom_lists_the_most_harmful_first(scores):
+    assert scores.bottom(1)["train"].tolist() == [1, 0]
+    assert scores.bottom(99)["train"].tolist() == [1, 2, 3, 0, 0, 3, 2, 1]
+
+
+def test_removal_changes_the_measurement_by_the_score_over_n(scores):
+    torch.testing.assert_close(scores.predicted_loo_change, VALUES / 4)
+
+
+def test_intervals_are_normal_and_a_point_where_exact(scores):
+    lower, upper = scores.interval(0.95)
+    assert torch.equal(lower, VALUES)
+    assert torch.equal(upper, VALUES)
+    with_error = rf.Scores(VALUES, 4, error=torch.full_like(VALUES, 2.0))
+    lower, upper = with_error.interval(0.95)
+    torch.testing.assert_close(upper - VALUES, torch.full_like(VALUES, 2 * 1.959963984540054))
+    torch.testing.assert_close(VALUES - lower, upper - VALUES)
+    with pytest.raises(DataError, match=r"1\.5"):
+        scores.interval(1.5)
+
+
+def test_every_pair_is_a_row_of_the_frame_and_of_the_parquet_file(scores, tmp_path):
+    frame = scores.to_frame()
+    assert len(frame) == 8
+    assert frame.query("test == 20 and train == 3")["score"].item() == -2.0
+    pd.testing.assert_frame_equal(pd.read_parquet(scores.to_parquet(tmp_path / "scores.parquet")), frame)
+
+
+@pytest.mark.parametrize("ids", [np.arange(4), np.array(["a", "b", "ü", "d"])])
+@pytest.mark.parametrize("error", [None, torch.ones_like(VALUES)])
+def test_saved_scores_load_as_they_were(ids, error, tmp_path):
+    scores = rf.Scores(VALUES, 4, ids, np.array([10, 20]), error, {"a": 0.1, "b": 0.2}, {"seed": 3})
+    loaded = rf.Scores.load(scores.save(tmp_path / "scores.zarr"))
+    assert torch.equal(loaded.values, VALUES)
+    assert loaded.values.dtype == torch.float64
+    assert loaded.train_ids.tolist() == ids.tolist()
+    assert loaded.test_ids.tolist() == [10, 20]
+    assert loaded.n_train == 4
+    assert loaded.target_damping == {"a": 0.1, "b": 0.2}
+    assert (loaded.error is None) == (error is None)
+    assert loaded.manifest["seed"] == 3
+    assert json.loads((tmp_path / "scores.zarr" / "manifest.json").read_text())["seed"] == 3
+
+
+def test_a_folder_with_no_scores_does_not_load(tmp_path):
+    with pytest.raises(DataError, match="holds no scores"):
+        rf.Scores.load(tmp_path)
+
+
+def test_scores_of_another_format_name_it(scores, tmp_path):
+    path = scores.save(tmp_path / "scores.zarr")
+    import zarr
+
+    group = zarr.open_group(str(path), mode="a")
+    group.attrs["manifest"] = {**group.attrs["manifest"], "format": "refluence-scores-99"}
+    with pytest.raises(DataError, match="refluence-scores-99"):
+        rf.Scores.load(path)
+
+
+def test_a_manifest_that_is_not_json_is_refused_and_leaves_nothing(tmp_path):
+    with pytest.raises(DataError, match="JSON"):
+        rf.Scores(VALUES, 4, manifest={"seed": object()}).save(tmp_path / "scores.zarr")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_picks_tests_by_position(scores):
+    picked = scores.rows([1])
+    assert torch.equal(picked.values, VALUES[1:])
+    assert picked.test_ids.tolist() == [20]
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5])
+def test_a_k_that_is_no_count_is_refused(scores, k):
+    with pytest.raises((DataError, TypeError), match=str(k)):
+        scores.top(k)
+
+
+def test_ids_and_errors_must_fit_the_values():
+    with pytest.raises(DataError, match="train_ids"):
+        rf.Scores(VALUES, 4, np.arange(3))
+    with pytest.raises((DataError, TypeError), match="error"):
+        rf.Scores(VALUES, 4, error=torch.ones(2, 3, dtype=torch.float64))

@@ -1,0 +1,59 @@
+"""The damping that a sketch adds of its own."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import refluence as rf
+from refluence.errors import RefluenceError
+from refluence.theory import corrected_damping, effective_dimension, implied_damping
+
+spectra = st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=20)
+
+
+@settings(deadline=None)
+@given(values=spectra, extra=st.integers(0, 40), damping=st.floats(1e-4, 1e4))
+def test_the_two_directions_are_inverse(values, extra, damping):
+    size = len(values) + extra
+    target = implied_damping(values, size, damping)
+    assert target > damping
+    assert corrected_damping(values, size, target) == pytest.approx(damping, rel=1e-7)
+
+
+@given(values=spectra, extra=st.integers(1, 40), damping=st.floats(1e-4, 1e4))
+def test_the_two_forms_of_the_law_agree(values, extra, damping):
+    padded = np.array([*values, *[0.0] * extra])
+    target = implied_damping(values, padded.size, damping)
+    assert 1 / target == pytest.approx((1 / (padded + damping)).mean(), rel=1e-9)
+    dimension = effective_dimension(values, damping)
+    assert damping == pytest.approx(target * (1 - dimension / padded.size), rel=1e-9)
+
+
+def test_a_target_below_the_harmonic_mean_is_refused_with_a_size():
+    with pytest.raises(RefluenceError, match=r"m = 2 .* at least 6"):
+        corrected_damping([1.0, 3.0], 2, 1.4)
+    assert corrected_damping([1.0, 3.0], 2, 1.6) > 0  # the harmonic mean is 1.5
+
+
+def test_the_mean_of_corrected_scores_is_the_exact_one_and_of_uncorrected_is_not():
+    """Averages over independent sketches against the exact form, in standard errors."""
+    torch.manual_seed(0)
+    d, size, kappa = 60, 40, 0.05
+    spectrum = torch.logspace(0, -3, d, dtype=torch.float64)
+    C = torch.diag(spectrum)
+    v, g = spectrum.sqrt() * torch.randn(d).double(), spectrum.sqrt() * torch.randn(d).double()
+    v = g + 0.3 * v
+    exact = float(v @ torch.linalg.solve(C + kappa * torch.eye(d), g))
+
+    def sketched(seed, corrected):
+        P = rf.sketches.Gaussian(size, seed=seed).matrix(d)
+        M = P @ C @ P.T
+        damping = corrected_damping(torch.linalg.eigvalsh(M), size, kappa) if corrected else kappa
+        return float((P @ v) @ torch.linalg.solve(M + damping * torch.eye(size), P @ g))
+
+    for corrected in (True, False):
+        values = np.array([sketched(seed, corrected) for seed in range(300)])
+        deviation = abs(values.mean() - exact) / (values.std(ddof=1) / len(values) ** 0.5)
+        assert (deviation < 4) if corrected else (deviation > 8)
