@@ -1,4 +1,6 @@
-"""Effective dimension and the damping that gives one."""
+"""Effective dimension, the damping for a wanted one, and a sketch's own damping, from spectra."""
+
+import math
 
 import numpy as np
 import pytest
@@ -6,50 +8,129 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import refluence as rf
 from refluence.errors import RefluenceError
-from refluence.theory import damping_for, effective_dimension, numerical_rank
+from refluence.theory import corrected_damping, damping_for, effective_dimension, implied_damping, numerical_rank
 
-spectra = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30)
+positive = st.floats(1e-6, 1e4)
+spectra = st.lists(positive, min_size=1, max_size=30)
+few = settings(max_examples=60, deadline=None, derandomize=True)
 
 
-def test_effective_dimension_by_hand():
-    assert effective_dimension([3.0, 1.0, 0.0], 1.0) == pytest.approx(0.75 + 0.5)
+def test_the_effective_dimension_is_the_sum_of_shrinkages():
+    assert effective_dimension([3.0, 1.0, 0.5], 0.5) == pytest.approx(3 / 3.5 + 1 / 1.5 + 0.5)
     assert effective_dimension(torch.tensor([3.0, 1.0, 0.0]), 0.0) == 2
-    assert effective_dimension(np.array([1e-3]), 1e9) == pytest.approx(1e-12)
+    assert effective_dimension(np.array([0.0, 0.0]), 1.0) == 0
 
 
-@given(values=spectra, damping=st.floats(1e-9, 1e9), factor=st.floats(1.001, 100))
-def test_it_falls_with_damping_and_keeps_between_zero_and_the_rank(values, damping, factor):
-    first, second = effective_dimension(values, damping), effective_dimension(values, damping * factor)
-    assert 0 < second <= first <= len(values)
-    assert second < first or first == pytest.approx(len(values), rel=1e-9)
+def test_it_is_the_trace_of_the_curvature_times_its_damped_inverse():
+    A = torch.randn(5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    C = A.T @ A
+    expected = torch.linalg.solve(C + 0.3 * torch.eye(9, dtype=torch.float64), C).trace()
+    assert effective_dimension(torch.linalg.eigvalsh(C), 0.3) == pytest.approx(float(expected), rel=1e-12)
 
 
-@given(values=spectra, damping=st.floats(1e-6, 1e6), scale=st.floats(1e-6, 1e6))
-def test_it_depends_on_ratios_only(values, damping, scale):
-    scaled = effective_dimension([scale * value for value in values], scale * damping)
-    assert scaled == pytest.approx(effective_dimension(values, damping), rel=1e-9)
+@few
+@given(values=spectra, damping=positive, factor=st.floats(1.01, 100))
+def test_it_falls_with_the_damping_and_never_exceeds_the_rank(values, damping, factor):
+    assert effective_dimension(values, damping * factor) < effective_dimension(values, damping) < len(values)
 
 
-@settings(deadline=None)
-@given(values=spectra, share=st.floats(0.001, 0.999))
-def test_damping_for_a_dimension_gives_that_dimension(values, share):
-    wanted = share * numerical_rank(values)
-    assert effective_dimension(values, damping_for(values, wanted)) == pytest.approx(wanted, rel=1e-8)
+@few
+@given(a=spectra, b=spectra, damping=positive, scale=positive)
+def test_it_is_additive_over_blocks_and_has_no_units(a, b, damping, scale):
+    both = effective_dimension([*a, *b], damping)
+    assert both == pytest.approx(effective_dimension(a, damping) + effective_dimension(b, damping), rel=1e-12)
+    scaled = effective_dimension([scale * value for value in a], scale * damping)
+    assert scaled == pytest.approx(effective_dimension(a, damping), rel=1e-9)
 
 
-@pytest.mark.parametrize("dimension", [0, -1, 2, 2.5])
-def test_a_dimension_that_no_damping_gives_is_refused(dimension):
-    with pytest.raises(RefluenceError, match="between 0 and the rank, 2"):
-        damping_for([1.0, 2.0, 0.0], dimension)
+@few
+@given(values=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=30), share=st.floats(0.01, 0.95))
+def test_the_damping_for_a_dimension_gives_that_dimension(values, share):
+    dimension = share * len(values)
+    assert effective_dimension(values, damping_for(values, dimension)) == pytest.approx(dimension, rel=1e-9)
 
 
-@pytest.mark.parametrize("values", [[], np.ones((1, 1)), [np.nan], [1.0, -0.1]])
-def test_what_is_no_spectrum_is_refused(values):
-    with pytest.raises(RefluenceError):
-        effective_dimension(values, 1.0)
+def test_zeros_do_not_change_the_damping_for_a_dimension():
+    values = [5.0, 1.0, 0.2, 0.01]
+    assert damping_for([*values, 0.0, 0.0, -1e-18], 2.5) == pytest.approx(damping_for(values, 2.5), rel=1e-12)
 
 
-def test_a_negative_damping_is_refused():
-    with pytest.raises(RefluenceError, match="-1"):
-        effective_dimension([1.0], -1)
+@pytest.mark.parametrize("dimension", [0.0, -1.0, 3.0, 7.0, math.nan])
+def test_a_dimension_that_no_damping_gives_is_refused_with_the_rank(dimension):
+    with pytest.raises(RefluenceError, match="between 0 and the rank, 3"):
+        damping_for([5.0, 1.0, 0.2, 0.0], dimension)
+
+
+def test_the_numerical_rank_counts_what_exceeds_rounding():
+    assert numerical_rank([1.0, 1e-3, 1e-17, 0.0]) == 2
+
+
+@pytest.mark.parametrize("values", [[], [[1.0, 2.0]], [1.0, math.nan], [1.0, math.inf]])
+def test_a_spectrum_is_a_vector_of_finite_numbers(values):
+    with pytest.raises(RefluenceError, match="vector of finite numbers"):
+        effective_dimension(torch.tensor(values), 0.1)
+
+
+def test_negative_eigenvalues_and_dampings_are_refused_with_their_value():
+    with pytest.raises(RefluenceError, match=r"smallest eigenvalue is -0\.5"):
+        effective_dimension([1.0, -0.5], 0.1)
+    with pytest.raises(RefluenceError, match=r"damping must be ≥ 0, not -0\.1"):
+        effective_dimension([1.0], -0.1)
+
+
+# ---------------------------------------------------------------- a sketch's own damping
+
+
+@few
+@given(values=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12), more=st.integers(0, 20), damping=positive)
+def test_implied_and_corrected_damping_are_inverse(values, more, damping):
+    size = len(values) + more
+    kappa = implied_damping(values, size, damping)
+    assert kappa > damping
+    assert corrected_damping(values, size, kappa) == pytest.approx(damping, rel=1e-6)
+
+
+@few
+@given(values=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=12), factor=st.floats(1.05, 50))
+def test_the_corrected_damping_solves_its_equation(values, factor):
+    """κ(1 − d_μ/m) = μ, for every κ above the harmonic mean of the m eigenvalues."""
+    m = len(values)
+    kappa = factor * m / sum(1 / v for v in values)
+    mu = corrected_damping(values, m, kappa)
+    assert 0 < mu < kappa
+    assert kappa * (1 - effective_dimension(values, mu) / m) == pytest.approx(mu, rel=1e-8)
+
+
+def test_a_large_sketch_needs_hardly_any_correction():
+    assert corrected_damping([1.0, 0.5, 0.1], 10**6, 0.01) == pytest.approx(0.01, rel=1e-5)
+
+
+def test_a_target_at_or_below_the_harmonic_mean_is_refused_with_both_numbers():
+    values = [2.0, 1.0, 0.5]
+    harmonic = 3 / sum(1 / v for v in values)
+    corrected_damping(values, 3, 1.001 * harmonic)
+    for share in (1.0, 0.999, 0.1):
+        with pytest.raises(RefluenceError, match=rf"m = 3 .*{share * harmonic:.3g}.*{harmonic:.3g}.*larger damping"):
+            corrected_damping(values, 3, share * harmonic)
+
+
+def test_any_positive_target_will_do_where_the_sketch_is_wider_than_the_rank():
+    assert 0 < corrected_damping([2.0, 1.0], 3, 1e-6) < 1e-6
+
+
+@pytest.mark.parametrize("call", [lambda: corrected_damping([1.0], 2, 0.0), lambda: implied_damping([1.0], 2, 0.0)])
+def test_no_damping_cannot_be_corrected_for(call):
+    with pytest.raises(RefluenceError, match="must be > 0, not 0"):
+        call()
+
+
+def test_more_eigenvalues_than_rows_are_refused():
+    with pytest.raises(RefluenceError, match="m = 2 rows has no 3 eigenvalues"):
+        corrected_damping([1.0, 1.0, 1.0], 2, 10.0)
+
+
+def test_the_public_names_are_those_of_the_module():
+    assert rf.theory.effective_dimension is effective_dimension
+    assert rf.theory.damping_for is damping_for
