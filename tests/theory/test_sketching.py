@@ -47,13 +47,43 @@ def test_the_mean_of_corrected_scores_is_the_exact_one_and_of_uncorrected_is_not
     v = g + 0.3 * v
     exact = float(v @ torch.linalg.solve(C + kappa * torch.eye(d), g))
 
-    def sketched(seed, corrected):
-        P = rf.sketches.Gaussian(size, seed=seed).matrix(d)
+    # Stretches of d columns of wide sketches are independent sketches.
+    sketches = [P for seed in range(5) for P in rf.sketches.Gaussian(size, seed=seed).matrix(60 * d).split(d, dim=1)]
+
+    def sketched(P, corrected):
         M = P @ C @ P.T
         damping = corrected_damping(torch.linalg.eigvalsh(M), size, kappa) if corrected else kappa
         return float((P @ v) @ torch.linalg.solve(M + damping * torch.eye(size), P @ g))
 
     for corrected in (True, False):
-        values = np.array([sketched(seed, corrected) for seed in range(300)])
+        values = np.array([sketched(P, corrected) for P in sketches])
         deviation = abs(values.mean() - exact) / (values.std(ddof=1) / len(values) ** 0.5)
         assert (deviation < 4) if corrected else (deviation > 8)
+
+
+def test_a_large_sketch_needs_hardly_any_correction():
+    assert corrected_damping([1.0, 0.5, 0.1], 10**6, 0.01) == pytest.approx(0.01, rel=1e-5)
+
+
+def test_a_target_at_or_below_the_harmonic_mean_is_refused_with_both_numbers():
+    values = [2.0, 1.0, 0.5]
+    harmonic = 3 / sum(1 / v for v in values)
+    corrected_damping(values, 3, 1.001 * harmonic)
+    for share in (1.0, 0.999, 0.1):
+        with pytest.raises(RefluenceError, match=rf"m = 3 .*{share * harmonic:.3g}.*{harmonic:.3g}.*larger damping"):
+            corrected_damping(values, 3, share * harmonic)
+
+
+def test_any_positive_target_will_do_where_the_sketch_is_wider_than_the_rank():
+    assert 0 < corrected_damping([2.0, 1.0], 3, 1e-6) < 1e-6
+
+
+@pytest.mark.parametrize("call", [lambda: corrected_damping([1.0], 2, 0.0), lambda: implied_damping([1.0], 2, 0.0)])
+def test_no_damping_cannot_be_corrected_for(call):
+    with pytest.raises(RefluenceError, match="must be > 0, not 0"):
+        call()
+
+
+def test_more_eigenvalues_than_rows_are_refused():
+    with pytest.raises(RefluenceError, match="m = 2 rows has no 3 eigenvalues"):
+        corrected_damping([1.0, 1.0, 1.0], 2, 10.0)

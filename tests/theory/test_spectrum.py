@@ -1,4 +1,4 @@
-"""Effective dimension, the damping for a wanted one, and a sketch's own damping, from spectra."""
+"""Effective dimension of a spectrum, and the damping for a wanted one."""
 
 import math
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import refluence as rf
 from refluence.errors import RefluenceError
-from refluence.theory import corrected_damping, damping_for, effective_dimension, implied_damping, numerical_rank
+from refluence.theory import damping_for, effective_dimension, numerical_rank
 
 positive = st.floats(1e-6, 1e4)
 spectra = st.lists(positive, min_size=1, max_size=30)
@@ -78,57 +78,6 @@ def test_negative_eigenvalues_and_dampings_are_refused_with_their_value():
         effective_dimension([1.0, -0.5], 0.1)
     with pytest.raises(RefluenceError, match=r"damping must be ≥ 0, not -0\.1"):
         effective_dimension([1.0], -0.1)
-
-
-# ---------------------------------------------------------------- a sketch's own damping
-
-
-@few
-@given(values=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12), more=st.integers(0, 20), damping=positive)
-def test_implied_and_corrected_damping_are_inverse(values, more, damping):
-    size = len(values) + more
-    kappa = implied_damping(values, size, damping)
-    assert kappa > damping
-    assert corrected_damping(values, size, kappa) == pytest.approx(damping, rel=1e-6)
-
-
-@few
-@given(values=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=12), factor=st.floats(1.05, 50))
-def test_the_corrected_damping_solves_its_equation(values, factor):
-    """κ(1 − d_μ/m) = μ, for every κ above the harmonic mean of the m eigenvalues."""
-    m = len(values)
-    kappa = factor * m / sum(1 / v for v in values)
-    mu = corrected_damping(values, m, kappa)
-    assert 0 < mu < kappa
-    assert kappa * (1 - effective_dimension(values, mu) / m) == pytest.approx(mu, rel=1e-8)
-
-
-def test_a_large_sketch_needs_hardly_any_correction():
-    assert corrected_damping([1.0, 0.5, 0.1], 10**6, 0.01) == pytest.approx(0.01, rel=1e-5)
-
-
-def test_a_target_at_or_below_the_harmonic_mean_is_refused_with_both_numbers():
-    values = [2.0, 1.0, 0.5]
-    harmonic = 3 / sum(1 / v for v in values)
-    corrected_damping(values, 3, 1.001 * harmonic)
-    for share in (1.0, 0.999, 0.1):
-        with pytest.raises(RefluenceError, match=rf"m = 3 .*{share * harmonic:.3g}.*{harmonic:.3g}.*larger damping"):
-            corrected_damping(values, 3, share * harmonic)
-
-
-def test_any_positive_target_will_do_where_the_sketch_is_wider_than_the_rank():
-    assert 0 < corrected_damping([2.0, 1.0], 3, 1e-6) < 1e-6
-
-
-@pytest.mark.parametrize("call", [lambda: corrected_damping([1.0], 2, 0.0), lambda: implied_damping([1.0], 2, 0.0)])
-def test_no_damping_cannot_be_corrected_for(call):
-    with pytest.raises(RefluenceError, match="must be > 0, not 0"):
-        call()
-
-
-def test_more_eigenvalues_than_rows_are_refused():
-    with pytest.raises(RefluenceError, match="m = 2 rows has no 3 eigenvalues"):
-        corrected_damping([1.0, 1.0, 1.0], 2, 10.0)
 
 
 def test_the_public_names_are_those_of_the_module():
