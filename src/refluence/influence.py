@@ -421,8 +421,9 @@ def _checked_weights(weights: Sequence[float] | Tensor, n: int, negative: bool =
     values = torch.as_tensor(weights, dtype=torch.float64).detach()
     if values.shape != (n,):
         raise DataError(f"weights must be one number for each of {n} train examples, not shape {tuple(values.shape)}")
-    if not bool(torch.isfinite(values).all()) or (not negative and bool((values < 0).any())):
-        row = int((~torch.isfinite(values) | (values < 0)).nonzero()[0])
+    wrong = ~torch.isfinite(values) if negative else ~torch.isfinite(values) | (values < 0)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
         raise DataError(
             f"weights must be finite{'' if negative else ' and ≥ 0'}; weights[{row}] is {values[row].item()}"
         )

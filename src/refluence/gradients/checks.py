@@ -8,9 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from refluence.batches import rows_of, slice_rows
-from refluence.errors import NonDeterministicError, TaskError
+from refluence.errors import NonDeterministicError, RefluenceError, TaskError
 from refluence.gradients.agreement import tolerance
 from refluence.gradients.functional import Objective
+
+MIXES = (
+    "the model or the loss mixes the examples of a batch (batch statistics, a mean over the batch, a "
+    "contrastive term). Influence needs one loss per example"
+)
 
 
 def check_independent(model: nn.Module, objective: Objective, batch: Any, data: str, what: str) -> None:
@@ -21,12 +26,21 @@ def check_independent(model: nn.Module, objective: Objective, batch: Any, data: 
     """
     together = objective(model, batch).detach()
     for i in range(rows_of(batch)):
-        alone = objective(model, slice_rows(batch, i, i + 1)).detach()[0]
-        if not torch.isclose(together[i], alone, rtol=tolerance(alone.dtype), atol=tolerance(alone.dtype)):
+        try:
+            alone = objective(model, slice_rows(batch, i, i + 1)).detach()[0]
+        except RefluenceError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            raise TaskError(
+                f"the {what} of {data} row {i} fails alone ({error}) but is {together[i].item():.6g} in a batch: "
+                f"{MIXES}"
+            ) from error
+        # NaN is left to the pass over the gradients, which names its row.
+        near = tolerance(alone.dtype)
+        if not torch.isclose(together[i], alone, rtol=near, atol=near, equal_nan=True):
             raise TaskError(
                 f"the {what} of {data} row {i} is {alone.item():.6g} alone but {together[i].item():.6g} in a batch: "
-                "the model or the loss mixes the examples of a batch (batch statistics, a mean over the batch, a "
-                "contrastive term). Influence needs one loss per example"
+                f"{MIXES}"
             )
 
 
