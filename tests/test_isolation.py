@@ -27,6 +27,8 @@ class Model(nn.Module):
     def forward(self, x):
         self.calls += 1
         self.replaced = self.replaced + 1
+        torch.manual_seed(3)  # randomness that is the same for every row and pass
+        x = x + 0.1 * torch.randn(4).to(x.dtype)
         return self.frozen(self.head(self.body(x)))
 
 
@@ -111,6 +113,14 @@ USES = {
 def test_a_successful_call_changes_nothing(model, data, use, solver):
     before = state(model, data)
     USES[use](rf.Influence(rf.Task(model), solver=solver, damping=0.1, batch_size=5), *data)
+    assert_same(state(model, data), before)
+
+
+@pytest.mark.parametrize("parameters", ["head.*", "frozen.weight", ["frozen.*", "body.*"]])
+def test_parameters_that_are_chosen_or_left_out_keep_their_flags(model, data, parameters):
+    before = state(model, data)
+    task = rf.Task(model, parameters=parameters)
+    rf.Influence(task, solver=rf.solvers.Gram(), damping=0.1, batch_size=5).fit(data).score(data)
     assert_same(state(model, data), before)
 
 
