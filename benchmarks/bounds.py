@@ -23,9 +23,9 @@ def gram_route(n: int, k: int) -> list[Work]:
     widths = sum(inputs + outputs for inputs, outputs in LAYERS)
     return [
         Work(
-            "Gram of the train gradients, by symmetry half", "n² Σ(d_in + 1 + d_out)", n * n * widths / 1e9, "float32"
+            "Gram of the train gradients, by symmetry half", "n² Σ(d_in + 1 + d_out)", n * n * widths / 1e9, "float64"
         ),
-        Work("Gram of test and train gradients", "2 n k Σ(d_in + 1 + d_out)", 2 * n * k * widths / 1e9, "float32"),
+        Work("Gram of test and train gradients", "2 n k Σ(d_in + 1 + d_out)", 2 * n * k * widths / 1e9, "float64"),
         Work("Cholesky", "n³ / 3", n**3 / 3 / 1e9, "float64"),
         Work("two triangular solves", "2 n² k", 2 * n * n * k / 1e9, "float64"),
     ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -92,6 +94,7 @@ class Batches:
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise DataError(f"batch_size must be at least 1, not {batch_size}")
+        _refuse_what_needs_loading(data, name)
         self.name = name
         self.batch_size = batch_size or DEFAULT_BATCH_SIZE
         self.device, self.dtype = device, dtype
@@ -206,6 +209,19 @@ def _hash(batch: Batch) -> str:
         values = tensor.detach().cpu().contiguous()
         digest.update(values.view(torch.uint8).numpy().tobytes() if values.numel() else b"")
     return digest.hexdigest()
+
+
+def _refuse_what_needs_loading(data: Any, name: str) -> None:
+    if isinstance(data, (str, bytes, Path)):
+        raise DataError(f"the {name} is {data!r}, a {type(data).__name__}: load it, and give a tuple of tensors")
+    if hasattr(data, "iloc"):
+        raise DataError(
+            f"the {name} is a {type(data).__name__}: give a tuple of tensors, such as "
+            "(torch.tensor(df[features].values), torch.tensor(df[target].values))"
+        )
+    parts = list(data.values()) if isinstance(data, Mapping) else data if isinstance(data, (tuple, list)) else [data]
+    if any(isinstance(part, np.ndarray) for part in parts):
+        raise DataError(f"the {name} holds numpy arrays: give tensors, torch.from_numpy(array)")
 
 
 def _are_columns(data: list) -> bool:

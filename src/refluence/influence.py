@@ -107,7 +107,7 @@ class Influence:
 
     # ------------------------------------------------------------------ fit
 
-    def fit(self, train: Data, weights: Sequence[float] | Tensor | None = None) -> Influence:
+    def fit(self, train: Data, *, weights: Sequence[float] | Tensor | None = None) -> Influence:
         """Prepare the solver on the training data; returns itself.
 
         Args:
@@ -273,6 +273,7 @@ class Influence:
     def score(
         self,
         test: Data,
+        *,
         weights: Sequence[float] | Tensor | None = None,
         groups: str | Iterable[Any] | None = None,
         normalize: str | None = None,

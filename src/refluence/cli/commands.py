@@ -102,8 +102,9 @@ def attribute(
         test_rows, rows.count_rows(problem.test), lambda: rows.misclassified(problem.task, problem.test)
     )
     folder.begin("attribute")
-    done = explanation.explain(problem, method, chosen)
-    explanation.write(done, folder, command="attribute", options=given(ctx), top=top, report=not no_report)
+    with folder.marked():
+        done = explanation.explain(problem, method, chosen)
+        explanation.write(done, folder, command="attribute", options=given(ctx), top=top, report=not no_report)
     if not quiet:
         console = Console()
         print_explanation(console, done, explanation.top_frame(done.scores, 1))

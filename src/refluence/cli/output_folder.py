@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,6 +66,15 @@ class OutputFolder:
             old.unlink(missing_ok=True)
         if self.scores.is_dir():
             shutil.rmtree(self.scores)
+
+    @contextmanager
+    def marked(self) -> Iterator[None]:
+        """While open, an error leaves the folder marked as failed, with the error."""
+        try:
+            yield
+        except BaseException as error:
+            self._write({"status": "failed", "error": f"{type(error).__name__}: {error}"})
+            raise
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest of a complete run."""

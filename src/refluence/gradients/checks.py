@@ -11,6 +11,7 @@ from refluence.batches import rows_of, slice_rows
 from refluence.errors import NonDeterministicError, RefluenceError, TaskError
 from refluence.gradients.agreement import tolerance
 from refluence.gradients.functional import Objective
+from refluence.gradients.recording import note_rows
 
 MIXES = (
     "the model or the loss mixes the examples of a batch (batch statistics, a mean over the batch, a "
@@ -66,6 +67,9 @@ def check_deterministic(model: nn.Module, objective: Objective, batch: Any) -> N
         try:
             with torch.no_grad():
                 seen.append(("the loss", objective(model, batch)))
+        except Exception as error:
+            note_rows(error, batch, 0, "train")
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
@@ -81,6 +85,7 @@ def check_deterministic(model: nn.Module, objective: Objective, batch: Any) -> N
             kind = dict(model.named_modules()).get(name)
             what = f"module {name or 'model'!r} ({type(kind).__name__})" if kind is not None else name
             raise NonDeterministicError(
-                f"{what} gave two different outputs for the same input in eval mode: remove the randomness "
-                "(functional dropout without training=self.training, sampled noise), or seed it by the input"
+                f"{what} gave two different outputs in two equal passes in eval mode; the randomness is in it or just "
+                "before it. Remove it (functional dropout without training=self.training, sampled noise), or seed "
+                "it by the input"
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from refluence.batches import rows_of
-from refluence.errors import NonFiniteError, TaskError
+from refluence.errors import NonFiniteError, RefluenceError, TaskError
 from refluence.gradients.functional import Objective
 from refluence.gradients.recorder import Recorder, Recording
 
@@ -24,8 +24,12 @@ def record(
         TaskError: not one value for each example.
     """
     recorder = Recorder(parameters)
-    with recorder:
-        values = objective(model, batch)
+    try:
+        with recorder:
+            values = objective(model, batch)
+    except Exception as failure:
+        note_rows(failure, batch, start, data)
+        raise
     _check_finite(values, start, data)
     _check_rows(values, batch)
     recording = recorder.recording
@@ -42,6 +46,18 @@ def record(
     # What autograd reaches and no torch function showed: a custom autograd function, an extension's kernel.
     recording.unknown |= {name for name, gradient in zip(unseen, found, strict=False) if gradient is not None}
     return recording, errors
+
+
+def note_rows(error: Exception, batch: Any, start: int, data: str) -> None:
+    """Add to an error of the model or the loss on which rows it arose, and the usual causes."""
+    if isinstance(error, RefluenceError):
+        return
+    error.add_note(
+        f"raised by the model or the loss on {data} rows {start} to {start + rows_of(batch) - 1}. The usual causes: a "
+        "label outside the model's classes; inputs of another dtype or width than the model's; a dict batch that "
+        "model(**batch without labels) does not take (give forward=); a `loss` that does not take (output, batch), as "
+        'nn.CrossEntropyLoss() does not (use loss="cross_entropy")'
+    )
 
 
 def _check_finite(values: Tensor, start: int, data: str) -> None:

@@ -70,7 +70,7 @@ def facts(influence: Influence, scores: Scores) -> tuple[Fact, ...]:
         _coverage(influence),
         Fact("Training examples", f"{influence.n_train:,}", "each one can be named as helpful or harmful"),
         _exactness(influence, scores),
-        _damping(influence.damping),
+        _damping(influence.damping, influence.task.l2),
         _dimension(influence),
         _convergence(influence.gradient_norm, influence.gradient_rms),
         Fact("Explains", measured(influence.task).noun, measured(influence.task).sentence),
@@ -117,11 +117,13 @@ def _exactness(influence: Influence, scores: Scores) -> Fact:
     return Fact("Solver", solver, "no error bars: how far the scores are off is not known", "caution")
 
 
-def _damping(damping: float | Mapping[str, float]) -> Fact:
+def _damping(damping: float | Mapping[str, float], l2: float) -> Fact:
     if isinstance(damping, Mapping):
         low, high = min(damping.values()), max(damping.values())
         return Fact("Damping λ", f"{number(low)} to {number(high)}", f"over {count(len(damping), 'block')}")
     reading = "directions of lower curvature than this are held back" if damping > 0 else "none"
+    if l2 > 0:
+        reading = f"with l2 = {number(l2)} of the training on top" if damping > 0 else f"l2 = {number(l2)} is enough"
     return Fact("Damping λ", f"{float(damping):.3g}".replace("e-0", "e-"), reading)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from refluence.sketches.base import Sketch
 
 TILE_ROWS = 256
-TILE_COLUMNS = 4096
+TILE_COLUMNS = 1024
 CACHE_BYTES = 2 << 30
 
 _cache: OrderedDict[tuple, Tensor] = OrderedDict()
