@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -101,6 +102,7 @@ class Batches:
         self._checksum: tuple[str, str] | None = None
         self._tensors: Batch | None = None
         self._loader: DataLoader | None = None
+        self._function: Callable[[int, Batch], Batch] | None = None
         if isinstance(data, DataLoader):
             self._loader = _checked_loader(data, name)
             self.batch_size = data.batch_size or self.batch_size
@@ -131,11 +133,18 @@ class Batches:
                 first = _hash(batch)
             if start + count >= self.n:
                 last = _hash(batch)
-            yield start, self._placed(batch)
+            placed = self._placed(batch)
+            yield start, placed if self._function is None else self._function(start, placed)
             start += count
         if start != self.n:
             raise DataError(f"the {self.name} gave {start} rows but its length is {self.n}: no rows may be dropped")
         self._compare((first, last))
+
+    def mapped(self, function: Callable[[int, Batch], Batch]) -> Batches:
+        """The same batches, each given by `function(first row, batch)` when it is reached."""
+        other = copy.copy(self)
+        other._function = function
+        return other
 
     def select(self, rows: Sequence[int]) -> Batch:
         """One batch of the given rows, in the given order."""

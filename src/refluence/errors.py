@@ -29,3 +29,7 @@ class PlanError(RefluenceError):
 
 class NotFittedError(RefluenceError):
     """Something was asked of an `Influence` before `fit`."""
+
+
+class SolverError(RefluenceError):
+    """A solver that cannot give the inverse: negative curvature, divergence."""

@@ -3,53 +3,34 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, overload
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from refluence import fitting
 from refluence._version import __version__
 from refluence.batches import Batches, Data
-from refluence.curvature import EmpiricalFisher
-from refluence.damping import Damping, check_damping, resolve
+from refluence.columns import check_normalisation, checked_weights, group_codes, hash_numbers, sum_columns
+from refluence.damping import DampingChoice, check_damping, resolve
 from refluence.errors import DataError, NotFittedError, RefluenceError
 from refluence.execution import Execution
-from refluence.gradients.capture import Capture
+from refluence.fitting import Fit, Settings, model_fingerprint
 from refluence.gradients.coverage import Coverage
 from refluence.gradients.groups import Blocks, parameter_groups
+from refluence.gradients.mixed import differentiable_input, mixed_products
 from refluence.gradients.rows import GradientRows
-from refluence.planning import ASSUMED_TESTS, Plan, Workload, make_plan
+from refluence.planning import ASSUMED_TESTS, Plan
 from refluence.scores import Scores
-from refluence.solvers import Identity, Solver, State
-from refluence.task import Task, batch_targets
+from refluence.solvers import Identity, Solver
+from refluence.task import Task
 
-PROBE_ROWS = 32
-FACTOR_BYTES_PER_BATCH = 64 << 20
-LARGEST_BATCH = 1024
 SHARE_FOR_TESTS = 0.25
-KEPT_SLACK = 1.05
-"""Room for rows that are larger than the probe's, as longer sequences are."""
-NORMALISATIONS = ("theta-relatif", "l-relatif")
-
-
-@dataclass(eq=False)
-class _Fit:
-    """What `fit` made; shared by `Influence.at`."""
-
-    model: nn.Module
-    capture: Capture
-    rows: GradientRows
-    curvature: EmpiricalFisher
-    state: State
-    plan: Plan
-    fingerprint: str
 
 
 class Influence:
@@ -57,18 +38,21 @@ class Influence:
 
     Args:
         task: what is differentiated.
-        curvature: C; "fisher" is the empirical Fisher (1/n) Σ g gᵀ.
+        curvature: C: "fisher", the empirical Fisher (1/n) Σ g gᵀ; "ggn", the generalised Gauss–Newton
+            (1/n) Σ Jᵀ(∂²ℓ)J; "hessian"; "true_fisher" and "mc_fisher", the Fisher over the model's own labels, exact or
+            from `samples` labels drawn for each example.
         solver: "auto", or an object from `rf.solvers`.
-        damping: λ: a number, `rf.RelativeDamping(c)`, `rf.EffectiveDimension(k)`, or "auto", the λ with
-            d_λ = min(n/16, d/16, 2048).
+        damping: λ: a number, `rf.RelativeDamping(c)`, `rf.EffectiveDimension(k)`, "auto", the λ with
+            d_λ = min(n/16, d/16, 2048), or a dict of these by block.
         blocks: "full", "module", "parameter", or {block name: [parameter names]}; C is block-diagonal over them.
         device: where to compute; None: where the model is. The user's model is copied, never moved.
         dtype: None: gradients in the model's dtype, curvature and solves in float64; else the whole attribution on a
             copy of the model in that dtype.
         batch_size: examples a forward pass; None: chosen from a probe. A `DataLoader` keeps its own.
         progress: whether long passes show a bar.
-        seed: of every random choice (none in the exact solvers).
+        seed: of sampled labels and of the automatic sketch (no random choice in the exact solvers).
         execution: memory that may be used.
+        samples: labels an example of "mc_fisher"; two or more give every score of solver Gram a standard error.
 
     Raises:
         RefluenceError: an unknown curvature, solver, damping or block.
@@ -79,7 +63,7 @@ class Influence:
         task: Task,
         curvature: str = "fisher",
         solver: Solver | str = "auto",
-        damping: Damping = "auto",
+        damping: DampingChoice = "auto",
         blocks: Blocks = "full",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -87,23 +71,29 @@ class Influence:
         progress: bool = True,
         seed: int = 0,
         execution: Execution | None = None,
+        samples: int = 2,
     ) -> None:
         if not isinstance(task, Task):
             raise RefluenceError(f"`task` must be an rf.Task, not {type(task).__name__}")
-        if curvature != "fisher":
-            raise RefluenceError(f'curvature {curvature!r} is not available in version {__version__}: use "fisher"')
-        self.task = task
-        self.curvature = curvature
-        self.solver = solver
-        self.blocks = blocks
-        self.groups = parameter_groups(task.model, task.parameter_names(), blocks)
-        self.device, self.dtype, self.batch_size = device, dtype, batch_size
-        self.progress, self.seed = progress, int(seed)
-        self.execution = execution or Execution()
-        self._damping_choice: Damping = check_damping(damping)
-        self._fit: _Fit | None = None
+        groups = parameter_groups(task.model, task.parameter_names(), blocks)
+        self._damping_choice = check_damping(damping, list(groups))
+        self.settings = Settings(
+            task,
+            curvature,
+            solver,
+            self._damping_choice,
+            groups,
+            device,
+            dtype,
+            batch_size,
+            progress,
+            int(seed),
+            samples,
+            execution or Execution(),
+        )
+        self._fit: Fit | None = None
         self._resolved: dict[str, float] | None = None
-        self._gradient_norm: float | None = None
+        self._norms: tuple[float, float] | None = None
 
     # ------------------------------------------------------------------ fit
 
@@ -117,71 +107,63 @@ class Influence:
 
         Raises:
             DataError: shuffled, empty, changing or wrongly shaped data; wrong weights.
-            PlanError: the solver does not fit the memory.
+            PlanError: the solver does not fit the memory, or cannot do the curvature.
+            SolverError: the solver met negative curvature or diverged.
         """
-        capture, batches, plan = self._prepare(train, ASSUMED_TESTS)
-        plan.check()
-        checked = None if weights is None else _checked_weights(weights, batches.n)
-        rows = GradientRows(capture, batches, capture.loss, int(plan.chosen.kept * KEPT_SLACK), self.progress)
-        curvature = EmpiricalFisher(rows, checked)
-        state = plan.chosen.solver.prepare(curvature)
-        self._fit = _Fit(capture.model, capture, rows, curvature, state, plan, model_fingerprint(capture.model))
-        self._resolved, self._gradient_norm = None, None
-        _ = self.shifts
+        self._take(fitting.fit(self.settings, train, weights, ASSUMED_TESTS))
         return self
+
+    def _take(self, fit: Fit, resolved: dict[str, float] | None = None) -> None:
+        self._fit, self._resolved, self._norms = fit, resolved, None
+        _ = self.shifts
 
     def plan_for(self, train: Data, n_test: int = ASSUMED_TESTS) -> Plan:
         """What `fit` and a score of `n_test` examples would take, without doing it."""
-        return self._prepare(train, n_test)[2]
+        return fitting.prepare(self.settings, train, n_test).plan
 
-    def _prepare(self, train: Data, n_test: int) -> tuple[Capture, Batches, Plan]:
-        model = self._model()
-        reference = next(model.parameters())
-        probe = Batches(train, self.batch_size or PROBE_ROWS, reference.device, self.dtype, "train")
-        capture = Capture(self.task, model, self.groups, probe)
-        count = min(PROBE_ROWS, probe.n)
-        sample = Batches(probe.select(range(count)), count, reference.device, self.dtype, "train")
-        seconds = float("inf")
-        for _ in range(2):
-            begin = time.perf_counter()
-            [(_, blocks)] = list(capture.gradients(sample, capture.loss))
-            seconds = min(seconds, time.perf_counter() - begin)
-        per_row = sum(block.nbytes for block in blocks.values()) / count
-        fitting = int(FACTOR_BYTES_PER_BATCH / max(1.0, per_row))
-        batch_size = self.batch_size or max(8, min(LARGEST_BATCH, 1 << max(0, fitting.bit_length() - 1)))
-        batches = Batches(train, batch_size, reference.device, self.dtype, "train")
-        workload = Workload(
-            n=batches.n,
-            tests=n_test,
-            dimensions={
-                group: sum(capture.shapes[name].numel() for name in names) for group, names in self.groups.items()
-            },
-            bytes_per_row=per_row,
-            inner_product_work=sum(block.inner_product_work() for block in blocks.values()),
-            gradient_seconds=seconds / count,
-            itemsize=reference.element_size(),
-            batch_size=batches.batch_size,
-            device=reference.device,
-            damping=self._damping_choice,
-        )
-        plan = make_plan(workload, self.solver, self.execution.budget(reference.device))
-        return capture, batches, plan
-
-    def _model(self) -> nn.Module:
-        """The task's model, or a copy of it where device or dtype ask for another."""
-        parameters = list(self.task.model.parameters())
-        device = torch.device(self.device) if self.device is not None else parameters[0].device
-        moved = any(p.device != torch.empty(0, device=device).device for p in parameters)
-        if moved or (self.dtype is not None and any(p.dtype != self.dtype for p in parameters)):
-            return copy.deepcopy(self.task.model).to(device=device, dtype=self.dtype)
-        return self.task.model
-
-    def _fitted(self) -> _Fit:
+    def _fitted(self) -> Fit:
         if self._fit is None:
             raise NotFittedError("call fit(train) first")
         return self._fit
 
+    def save(self, path: str | Path) -> Path:
+        """Write the fit to a folder: the solver's matrices, the training data, and how it was made.
+
+        The model is not written. Raises:
+            DataError: the folder exists and is no fit, or training batches of different shapes.
+        """
+        from refluence.persistence import save
+
+        return save(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path, task: Task) -> Influence:
+        """A fit that `save` wrote, with the task it was made of; scores are the same numbers.
+
+        Raises:
+            DataError: no fit there, or one of another format.
+            RefluenceError: a task that differs, with the first difference.
+        """
+        from refluence.persistence import load
+
+        return load(Path(path), task)
+
     # ------------------------------------------------------------------ what was fitted
+
+    @property
+    def task(self) -> Task:
+        """What is differentiated."""
+        return self.settings.task
+
+    @property
+    def curvature(self) -> str:
+        """The name of C."""
+        return self.settings.curvature
+
+    @property
+    def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """Block → its parameters."""
+        return self.settings.groups
 
     @property
     def n_train(self) -> int:
@@ -215,7 +197,7 @@ class Influence:
 
     @property
     def effective_dimension(self) -> float:
-        """d_λ = tr C(C+(l2+λ)I)⁻¹, summed over blocks."""
+        """d_λ = tr C(C+(l2+λ)I)⁻¹, summed over blocks; an estimate where the solver has no spectrum of its own."""
         return self._fitted().state.effective_dimension(self.shifts)
 
     @property
@@ -234,11 +216,26 @@ class Influence:
         return self._fitted().state.exact
 
     @property
+    def diagnostics(self) -> dict[str, Any]:
+        """What the solver reports of its preparation and its last solve: residuals, iterations, negative eigenvalues,
+        layers without a Kronecker form."""
+        return dict(self._fitted().state.diagnostics)
+
+    @property
     def gradient_norm(self) -> float:
         """‖(1/n) Σ w_i g_i + l2·θ‖: how far the model is from a stationary point of its training objective."""
-        if self._gradient_norm is None:
+        return self._gradient_norms()[0]
+
+    @property
+    def gradient_rms(self) -> float:
+        """√((1/n) Σ w_i‖g_i‖²): the root mean square norm of an example's gradient, the scale of `gradient_norm`."""
+        return self._gradient_norms()[1]
+
+    def _gradient_norms(self) -> tuple[float, float]:
+        if self._norms is None:
             fit = self._fitted()
             total: dict[str, Tensor] = {}
+            squares = 0.0
             for start, blocks in fit.rows:
                 for group, block in blocks.items():
                     weights = torch.ones(block.n, 1, dtype=torch.float64, device=block.device)
@@ -246,29 +243,47 @@ class Influence:
                         weights[:, 0] = fit.curvature.weights[start : start + block.n]
                     part = block.rmatvec(weights)[:, 0] / self.n_train
                     total[group] = total[group] + part if group in total else part
+                    squares += float(block.squared_norms() @ weights[:, 0]) / self.n_train
             parameters = fit.capture.parameters
             squared = 0.0
             for group, names in self.groups.items():
                 theta = torch.cat([parameters[name].detach().double().flatten() for name in names])
                 squared += float((total[group] + self.task.l2 * theta).square().sum())
-            self._gradient_norm = squared**0.5
-        return self._gradient_norm
+            self._norms = squared**0.5, squares**0.5
+        return self._norms
 
-    @property
-    def gradient_rms(self) -> float:
-        """√tr C: the root mean square norm of a training example's gradient, the scale of `gradient_norm`."""
-        return sum(self._fitted().state.traces.values()) ** 0.5
-
-    def at(self, damping: Damping) -> Influence:
-        """The same fit at another damping, without a second pass over the data."""
+    def at(self, damping: DampingChoice) -> Influence:
+        """The same fit at another damping, without a second pass over the data where the solver allows."""
         self._fitted()
         other = copy.copy(self)
-        other._damping_choice = check_damping(damping)
+        other._damping_choice = check_damping(damping, list(self.groups))
         other._resolved = None
         _ = other.shifts
         return other
 
     # ------------------------------------------------------------------ scores
+
+    @overload
+    def score(
+        self,
+        test: Data,
+        *,
+        weights: Sequence[float] | Tensor | None = None,
+        groups: str | Iterable[Any] | None = None,
+        normalize: str | None = None,
+        by_block: Literal[False] = False,
+    ) -> Scores: ...
+
+    @overload
+    def score(
+        self,
+        test: Data,
+        *,
+        weights: Sequence[float] | Tensor | None = None,
+        groups: str | Iterable[Any] | None = None,
+        normalize: str | None = None,
+        by_block: Literal[True],
+    ) -> dict[str, Scores]: ...
 
     def score(
         self,
@@ -277,7 +292,8 @@ class Influence:
         weights: Sequence[float] | Tensor | None = None,
         groups: str | Iterable[Any] | None = None,
         normalize: str | None = None,
-    ) -> Scores:
+        by_block: bool = False,
+    ) -> Scores | dict[str, Scores]:
         """τ_λ of every test example with every train example; positive = helpful.
 
         Args:
@@ -286,34 +302,59 @@ class Influence:
             groups: sum the columns by group: one label for each train example, or "class" for its target.
             normalize: "theta-relatif" divides column j by ‖(C+λ)⁻¹g_j‖, "l-relatif" by √τ(g_j, g_j) (Barshan,
                 Brunet & Dziugaite 2020), which keeps globally influential examples from ranking first everywhere.
+            by_block: a dict of the scores that come from each block of parameters; they add up to the scores.
 
         Raises:
             DataError: wrong test data, weights or groups.
         """
+        check_normalisation(normalize)
         fit = self._fitted()
-        rows = self._test_rows(test)
-        values: Tensor | None = None
-        for _, part in fit.state.scores(rows, self.shifts):
-            values = part.contiguous() if values is None else values.add_(part)
-        assert values is not None
+        tests = self._test_rows(test)
+        columns = torch.ones(self.n_train, dtype=torch.float64, device=fit.rows.device)
         if normalize is not None:
-            values = values / self._norms(normalize)
+            columns = columns / self._column_norms(normalize)
         if weights is not None:
-            values = values * _checked_weights(weights, self.n_train, negative=True).to(values)
-        train_ids = np.arange(self.n_train)
-        if groups is not None:
-            values, train_ids = self._grouped(values, groups)
+            columns = columns * checked_weights(weights, self.n_train, negative=True).to(columns)
+        plain = normalize is None and weights is None
+        codes, train_ids = (None, np.arange(self.n_train)) if groups is None else group_codes(groups, fit.rows.batches)
         manifest = {
             **self.manifest(),
             "normalize": normalize,
-            "score_weights": None if weights is None else _hash_numbers(weights),
+            "score_weights": None if weights is None else hash_numbers(weights),
             "groups": groups if groups is None or isinstance(groups, str) else "given labels",
-            "test_fingerprint": rows.batches.checksum,
+            "test_fingerprint": tests.batches.checksum,
         }
-        if not bool(torch.isfinite(values).all()):
-            raise RefluenceError("the scores hold NaN or Inf: use a larger damping")
-        target: Any = self.damping
-        return Scores(values.cpu(), self.n_train, train_ids, target_damping=target, manifest=manifest)
+
+        def finished(values: Tensor, error: Tensor | None, block: str | None) -> Scores:
+            if not plain:
+                values = values * columns
+                error = None if error is None else error * columns.abs()
+            if codes is not None:
+                values = sum_columns(values, codes, len(train_ids))
+                error = None if error is None else sum_columns(error, codes, len(train_ids))
+            if not bool(torch.isfinite(values).all()):
+                raise RefluenceError("the scores hold NaN or Inf: use a larger damping")
+            target: Any = self.damping if block is None else self._dampings()[block]
+            own = manifest if block is None else {**manifest, "block": block}
+            return Scores(
+                values.cpu(),
+                self.n_train,
+                train_ids,
+                error=None if error is None else error.cpu(),
+                target_damping=target,
+                manifest=own,
+            )
+
+        parts = fit.state.scores(tests, self.shifts)
+        deviations = fit.state.deviations(tests, self.shifts)
+        if by_block:
+            errors = dict(deviations) if deviations is not None else {}
+            return {block: finished(part.contiguous(), errors.get(block), block) for block, part in parts}
+        values, error = _total(parts), None
+        if deviations is not None:
+            # The blocks share the same samples, so their errors may add up.
+            error = _total(deviations)
+        return finished(values, error, None)
 
     def _test_rows(self, test: Data) -> GradientRows:
         fit = self._fitted()
@@ -323,45 +364,21 @@ class Influence:
                 "together: fit again, or fit on a copy of the model"
             )
         device = fit.rows.device
-        batches = Batches(test, self.batch_size or fit.rows.batches.batch_size, device, self.dtype, "test")
-        memory = int(SHARE_FOR_TESTS * self.execution.budget(device))
-        return GradientRows(fit.capture, batches, fit.capture.measurement, memory, self.progress)
+        batch_size = self.settings.batch_size or fit.rows.batches.batch_size
+        batches = Batches(test, batch_size, device, self.settings.dtype, "test")
+        memory = int(SHARE_FOR_TESTS * self.settings.execution.budget(device))
+        return GradientRows(fit.capture, batches, fit.capture.measurement, memory, self.settings.progress)
 
-    def _norms(self, normalize: str) -> Float[Tensor, " n"]:
-        if normalize not in NORMALISATIONS:
-            raise DataError(f"normalize must be one of {NORMALISATIONS} or None, not {normalize!r}")
+    def _column_norms(self, normalize: str) -> Float[Tensor, " n"]:
         fit = self._fitted()
         if normalize == "theta-relatif":
             squared = fit.state.inverse_norms(self.shifts)
         else:
-            squared = self.self_influence()
+            squared = fit.state.self_influence(self.shifts)
             if fit.curvature.weights is not None:
                 squared = squared * fit.curvature.weights.to(squared)
         norms = squared.clamp(min=0).sqrt()
         return torch.where(norms > 0, norms, torch.inf)
-
-    def _grouped(self, values: Tensor, groups: str | Iterable[Any]) -> tuple[Tensor, Any]:
-        labels = self._classes() if isinstance(groups, str) else groups
-        if isinstance(groups, str) and groups != "class":
-            raise DataError(f'groups must be one label for each train example, or "class", not {groups!r}')
-        if isinstance(labels, Tensor):
-            labels = labels.cpu().numpy()
-        codes, names = pd.factorize(pd.Series(list(labels)), sort=True)
-        if len(codes) != self.n_train:
-            raise DataError(f"groups has {len(codes)} labels for {self.n_train} train examples")
-        if (codes < 0).any():
-            raise DataError("groups has missing labels: give every train example one")
-        summed = torch.zeros(values.shape[0], len(names), dtype=values.dtype, device=values.device)
-        summed.index_add_(1, torch.as_tensor(codes, device=values.device), values)
-        return summed, np.asarray(names)
-
-    def _classes(self) -> Tensor:
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed from the user's random state
-            targets = [batch_targets(batch) for _, batch in self._fitted().rows.batches]
-        labels = torch.cat([torch.as_tensor(part) for part in targets])
-        if labels.ndim != 1:
-            raise DataError(f'groups="class" needs one target for each example; the targets have shape {labels.shape}')
-        return labels
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """τ_λ(g_j, g_j) of every train example (times its weight): n times the ridge leverage score of its gradient."""
@@ -370,16 +387,71 @@ class Influence:
     def inverse_hvp(self, test: Data) -> Float[Tensor, "k d"]:
         """Rows (C + (l2+λ)I)⁻¹ g_test, in the order of the attributed parameters, in float64.
 
-        Raises:
-            PlanError: the solver does not keep the gradients' coordinates.
+        Of a sketch P it is Pᵀ(PCPᵀ+μ)⁻¹P g_test, whose inner products with gradients are the sketched scores.
         """
         fit = self._fitted()
-        solved = fit.state.inverse_hvp(self._test_rows(test), self.shifts)
+        return self._in_order(fit.state.inverse_hvp(self._test_rows(test), self.shifts)).cpu()
+
+    def _in_order(self, solved: Mapping[str, Float[Tensor, "k e"]]) -> Float[Tensor, "k d"]:
+        """Rows by block as rows in the order of the attributed parameters."""
+        shapes = self._fitted().capture.shapes
         pieces: dict[str, Tensor] = {}
         for group, names in self.groups.items():
-            sizes = [fit.capture.shapes[name].numel() for name in names]
+            sizes = [shapes[name].numel() for name in names]
             pieces |= dict(zip(names, solved[group].split(sizes, dim=1), strict=True))
-        return torch.cat([pieces[name] for name in self.task.parameter_names()], dim=1).cpu()
+        return torch.cat([pieces[name] for name in self.task.parameter_names()], dim=1)
+
+    def perturbation(
+        self,
+        test: Data,
+        *,
+        rows: Sequence[int] | None = None,
+        inputs: Callable[[Any], Tensor] = differentiable_input,
+    ) -> Float[Tensor, "k n ..."]:
+        """∂τ_ij/∂x_j, how the score changes with the input of train example j, C held fixed: (n_test, n_train, *x).
+
+        Koh & Liang 2017, eq. 5: moving x_j by δ changes the measurement of test i by about −δᵀ(∂τ_ij/∂x_j)/n.
+
+        Args:
+            test: like `train`.
+            rows: of the train examples; None: all. The result has n_test·n_train·|x| numbers: take some rows at a time,
+                or `perturbations`, where that is too much.
+            inputs: which tensor of a batch is x; the default finds the one floating-point input.
+
+        Raises:
+            TaskError: integer inputs, which have no derivative, or several candidates.
+            DataError: rows that do not exist.
+        """
+        parts = [values.cpu() for _, values in self.perturbations(test, rows=rows, inputs=inputs)]
+        return torch.cat(parts, dim=1)
+
+    def perturbations(
+        self,
+        test: Data,
+        *,
+        rows: Sequence[int] | None = None,
+        inputs: Callable[[Any], Tensor] = differentiable_input,
+    ) -> Iterator[tuple[list[int], Float[Tensor, "k b ..."]]]:
+        """`perturbation` batch by batch: (train rows, (n_test, b, *x))."""
+        fit = self._fitted()
+        batches = fit.rows.batches
+        chosen = list(range(self.n_train)) if rows is None else [int(row) for row in rows]
+        if wrong := [row for row in chosen if not 0 <= row < self.n_train]:
+            raise DataError(f"rows has {wrong[0]}, but the train examples are 0 to {self.n_train - 1}")
+        if not chosen:
+            raise DataError("rows is empty: give at least one train row, or None for all")
+        names = list(self.task.parameter_names())
+        inputs(batches.select(chosen[:1]))
+        directions = self._in_order(fit.state.inverse_hvp(self._test_rows(test), self.shifts))
+        for first in range(0, len(chosen), batches.batch_size):
+            some = chosen[first : first + batches.batch_size]
+            batch = batches.select(some)
+            with fit.capture.ready():
+                found = mixed_products(fit.model, fit.capture.loss, names, batch, directions, inputs)
+            if fit.curvature.weights is not None:
+                weights = fit.curvature.weights[some].to(found)
+                found = found * weights.reshape(1, -1, *[1] * (found.ndim - 2))
+            yield some, found
 
     # ------------------------------------------------------------------ records
 
@@ -391,54 +463,40 @@ class Influence:
             "torch": torch.__version__,
             "task": self.task.describe(),
             "curvature": self.curvature,
+            "samples": self.settings.samples if self.curvature == "mc_fisher" else None,
             "solver": fit.plan.solver,
             "exact": self.exact,
             "blocks": {group: list(names) for group, names in self.groups.items()},
             "damping": self.damping,
-            "damping_choice": _choice(self._damping_choice),
+            "damping_choice": choice_record(self._damping_choice),
             "effective_dimension": self.effective_dimension,
             "n_train": self.n_train,
             "n_parameters": self.n_parameters,
             "dtype": str(fit.rows.dtype).removeprefix("torch."),
             "device": fit.rows.device.type,
-            "seed": self.seed,
+            "seed": self.settings.seed,
             "coverage": fit.capture.coverage.summary,
-            "fit_weights": None if fit.curvature.weights is None else _hash_numbers(fit.curvature.weights),
+            "fit_weights": None if fit.curvature.weights is None else hash_numbers(fit.curvature.weights),
             "train_fingerprint": fit.rows.batches.checksum,
             "model_fingerprint": fit.fingerprint,
         }
 
     def __repr__(self) -> str:
         if self._fit is None:
-            return f"Influence(curvature={self.curvature!r}, solver={self.solver!r}, not fitted)"
+            return f"Influence(curvature={self.curvature!r}, solver={self.settings.solver!r}, not fitted)"
         return f"Influence(n={self.n_train}, d={self.n_parameters}, solver={self.plan.solver}, damping={self.damping})"
 
 
-def _choice(damping: Damping) -> Any:
+def choice_record(damping: DampingChoice) -> Any:
+    """A choice of damping as JSON-able values."""
+    if isinstance(damping, Mapping):
+        return {block: choice_record(value) for block, value in damping.items()}
     return damping if isinstance(damping, (float, str)) else {type(damping).__name__: asdict(damping)}
 
 
-def _checked_weights(weights: Sequence[float] | Tensor, n: int, negative: bool = False) -> Float[Tensor, " n"]:
-    values = torch.as_tensor(weights, dtype=torch.float64).detach()
-    if values.shape != (n,):
-        raise DataError(f"weights must be one number for each of {n} train examples, not shape {tuple(values.shape)}")
-    wrong = ~torch.isfinite(values) if negative else ~torch.isfinite(values) | (values < 0)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise DataError(
-            f"weights must be finite{'' if negative else ' and ≥ 0'}; weights[{row}] is {values[row].item()}"
-        )
-    return values
-
-
-def _hash_numbers(values: Sequence[float] | Tensor) -> str:
-    return hashlib.sha256(torch.as_tensor(values, dtype=torch.float64).cpu().numpy().tobytes()).hexdigest()
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """A hash of the architecture as printed and of every parameter and buffer."""
-    digest = hashlib.sha256(repr(model).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _total(parts: Iterable[tuple[str, Float[Tensor, "k n"]]]) -> Float[Tensor, "k n"]:
+    total: Tensor | None = None
+    for _, part in parts:
+        total = part.contiguous() if total is None else total.add_(part)
+    assert total is not None
+    return total

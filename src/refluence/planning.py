@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 
 import torch
 
-from refluence.damping import Damping, auto_dimension
+from refluence.damping import auto_dimension
 from refluence.errors import PlanError
 from refluence.execution import format_bytes
 from refluence.sketches import SJLT
-from refluence.sketches.memory import sketch_cache_bytes
-from refluence.solvers import Dense, Gram, Identity, Sketched, Solver
-from refluence.solvers.sketched import FEATURE_ROWS
+from refluence.solvers import ConjugateGradient, Dense, Gram, Sketched, Solver
+from refluence.solvers.cost import Workload
 
 ASSUMED_TESTS = 500
 SMALLEST_SKETCH = 256
@@ -23,29 +22,6 @@ EXACT_WORK = {"cpu": 2e13, "cuda": 5e15}
 EXACT_SLOWDOWN = 5.0
 IN_FLIGHT = 4.0
 """Memory of a batch in work over that of the gradients kept of it: activations, output gradients and copies."""
-EIGENVALUES_WORK = 8.0
-"""Time of LAPACK's symmetric eigenvalues over that of n³/3 multiply-adds of a Cholesky factorisation, measured."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What the work is: sizes, and what a probe of the gradients measured."""
-
-    n: int
-    tests: int
-    dimensions: dict[str, int]
-    bytes_per_row: float
-    inner_product_work: float
-    gradient_seconds: float
-    itemsize: int
-    batch_size: int
-    device: torch.device
-    damping: Damping
-
-    @property
-    def d(self) -> int:
-        """All attributed parameters."""
-        return sum(self.dimensions.values())
 
 
 @dataclass(frozen=True)
@@ -57,13 +33,16 @@ class Estimate:
     kept: float
     work: float
     seconds: float
+    why_not: str | None = None
 
     @property
     def name(self) -> str:
-        """The solver for people."""
-        if isinstance(self.solver, Sketched):
-            return f"Sketched({self.solver.sketch!r})"
-        return type(self.solver).__name__
+        """The solver for people, with the settings that are not its defaults."""
+        return solver_name(self.solver)
+
+    def fits(self, budget: int) -> bool:
+        """Whether the solver can do it, within the memory."""
+        return self.why_not is None and self.memory <= budget
 
 
 @dataclass(frozen=True)
@@ -94,7 +73,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the memory is within the budget."""
-        return self.chosen.memory <= self.budget
+        return self.chosen.fits(self.budget)
 
     def check(self) -> None:
         """Refuse a plan that does not fit.
@@ -104,7 +83,9 @@ class Plan:
         """
         if self.fits:
             return
-        fitting = [e for e in self.alternatives if e.memory <= self.budget]
+        if self.chosen.why_not is not None:
+            raise PlanError(f"solver {self.solver} cannot do this: {self.chosen.why_not}")
+        fitting = [e for e in self.alternatives if e.fits(self.budget)]
         others = "; ".join(f"solver {e.name} takes {format_bytes(e.memory)}" for e in fitting) or (
             "no other solver fits either: attribute fewer parameters or examples, or use a smaller sketch"
         )
@@ -125,6 +106,9 @@ class Plan:
             f"time         about {format_seconds(self.seconds)}",
         ]
         for e in self.alternatives:
+            if e.why_not is not None:
+                lines.append(f"alternative  {e.name}: not possible, {e.why_not}")
+                continue
             fits = "" if e.memory <= self.budget else ", does not fit"
             lines.append(f"alternative  {e.name}: {format_bytes(e.memory)}, about {format_seconds(e.seconds)}{fits}")
         return "\n".join(lines)
@@ -133,15 +117,17 @@ class Plan:
         return self.summary()
 
 
-def make_plan(workload: Workload, solver: Solver | str, budget: int) -> Plan:
-    """Estimate every solver and take the one asked for, or choose.
+def make_plan(workload: Workload, curvature: str, solver: Solver | str, budget: int, seed: int = 0) -> Plan:
+    """Estimate every solver that "auto" considers and take the one asked for, or choose.
 
     Raises:
         PlanError: an unknown solver.
     """
-    candidates = [estimate(Gram(), workload, budget), estimate(Dense(), workload, budget), _sketched(workload, budget)]
+    exact = [estimate(candidate, workload, budget) for candidate in exact_solvers(curvature)]
+    sketched = _sketched(workload, budget, seed)
+    candidates = [*exact, sketched]
     if not isinstance(solver, str):
-        if not isinstance(solver, (Gram, Dense, Sketched, Identity)):
+        if not isinstance(solver, Solver) or isinstance(solver, type):
             raise PlanError(f'solver must be "auto" or an object from rf.solvers, not {solver!r}')
         others = tuple(e for e in candidates if type(e.solver) is not type(solver))
         return Plan(estimate(solver, workload, budget), "as asked for", workload, budget, others)
@@ -149,31 +135,57 @@ def make_plan(workload: Workload, solver: Solver | str, budget: int) -> Plan:
         raise PlanError(
             f'unknown solver {solver!r}: use "auto" or an object from rf.solvers, such as rf.solvers.Gram()'
         )
-    gram, dense, sketched = candidates
     # Chosen by counted work and not by measured time, so that the same problem gets the same solver on a busy machine.
-    exact = min((e for e in (gram, dense) if e.memory <= budget), key=lambda e: e.work, default=None)
-    if exact is None:
+    best = min((e for e in exact if e.fits(budget)), key=lambda e: e.work, default=None)
+    if best is None:
         chosen, reason = sketched, "no exact solver fits the memory"
-    elif exact.work > max(EXACT_WORK.get(workload.device.type, 2e13), EXACT_SLOWDOWN * sketched.work):
-        chosen, reason = sketched, f"the exact one, {exact.name}, would take {format_seconds(exact.seconds)}"
+    elif best.work > max(EXACT_WORK.get(workload.device.type, 2e13), EXACT_SLOWDOWN * sketched.work):
+        chosen, reason = sketched, f"the exact one, {best.name}, would take {format_seconds(best.seconds)}"
     else:
-        side = "n × n Gram matrix" if exact is gram else "d × d curvature"
-        chosen, reason = exact, f"exact, and the {side} is the cheaper of the exact ones that fit"
+        chosen, reason = best, f"{EXACT_BY[type(best.solver)]} the cheapest of the exact solvers that fit"
     return Plan(chosen, reason, workload, budget, tuple(e for e in candidates if e is not chosen))
 
 
-def default_sketch(workload: Workload) -> SJLT:
+EXACT_BY = {
+    Gram: "exact by the Gram matrix of the rows,",
+    Dense: "exact by the d × d curvature,",
+    ConjugateGradient: "exact to a stated residual,",
+}
+
+
+def exact_solvers(curvature: str) -> list[Solver]:
+    """The solvers that are exact on a curvature, or to a tolerance, of which "auto" takes the cheapest."""
+    if curvature in ("fisher", "mc_fisher"):
+        return [Gram(), Dense()]
+    if curvature == "hessian":
+        return [Dense(), ConjugateGradient()]
+    return [Gram(), Dense(), ConjugateGradient()]
+
+
+def solver_name(solver: Solver) -> str:
+    """A solver for people, with the settings that are not its defaults."""
+    given = []
+    for field in fields(solver):  # type: ignore[arg-type]
+        value = getattr(solver, field.name)
+        if field.default is MISSING:
+            given.append(repr(value))
+        elif value != field.default:
+            given.append(f"{field.name}={value!r}")
+    return type(solver).__name__ + (f"({', '.join(given)})" if given else "")
+
+
+def default_sketch(workload: Workload, seed: int = 0) -> SJLT:
     """An SJLT with four rows or more for each effective dimension that the automatic damping leaves."""
     wanted = 4 * auto_dimension(workload.n, workload.d)
-    return SJLT(max(SMALLEST_SKETCH, 1 << max(0, int(wanted - 1)).bit_length()))
+    return SJLT(max(SMALLEST_SKETCH, 1 << max(0, int(wanted - 1)).bit_length()), seed=seed)
 
 
-def _sketched(workload: Workload, budget: int) -> Estimate:
+def _sketched(workload: Workload, budget: int, seed: int) -> Estimate:
     """The default sketch, or the largest smaller one that fits and can still hold the automatic damping."""
-    sketch = default_sketch(workload)
+    sketch = default_sketch(workload, seed)
     result = estimate(Sketched(sketch), workload, budget)
     while result.memory > budget and sketch.m // 2 >= max(SMALLEST_SKETCH, 2 * auto_dimension(workload.n, workload.d)):
-        sketch = SJLT(sketch.m // 2)
+        sketch = SJLT(sketch.m // 2, seed=seed)
         result = estimate(Sketched(sketch), workload, budget)
     return result
 
@@ -183,40 +195,19 @@ def estimate(solver: Solver, w: Workload, budget: int) -> Estimate:
 
     Counts multiply-adds in float64, at the measured rate, and the passes over the gradients.
     """
-    rate = multiply_adds_per_second(str(w.device))
-    kept = w.n * w.bytes_per_row
-    test_rows = w.tests * w.bytes_per_row
-    scores = 8.0 * w.n * w.tests * 2
-    blocks = len(w.dimensions)
-    spectral = 1.0 if isinstance(w.damping, float) else 1.0 + EIGENVALUES_WORK
+    cost = solver.cost(w)
+    if cost.why_not is not None:
+        return Estimate(solver, 0.0, 0.0, float("inf"), float("inf"), cost.why_not)
+    fixed = cost.fixed + IN_FLIGHT * (w.bytes_per_row + w.feature_bytes_per_row) * w.batch_size
+    kept = min(cost.kept, max(0.0, budget - fixed))
     passes = 1.0
-    if isinstance(solver, Gram):
-        fixed = blocks * 16.0 * w.n**2 + 8.0 * w.n**2 + scores + test_rows
-        passes = _passes(kept, budget - fixed)
-        work = w.inner_product_work * w.n * (w.n / 2 + w.tests) + blocks * (spectral * w.n**3 / 3 + w.n**2 * w.tests)
-    elif isinstance(solver, Dense):
-        fixed = sum(16.0 * d**2 for d in w.dimensions.values()) + 8.0 * max(w.dimensions.values()) ** 2
-        fixed += scores + w.tests * w.d * 8.0 + w.batch_size * w.d * (8.0 + w.itemsize)
-        passes = 1.0 if kept <= budget - fixed else 2.0
-        work = sum(spectral * d**3 / 3 + w.n * d**2 + d**2 * w.tests for d in w.dimensions.values())
-        work += w.n * w.d * w.tests
-    elif isinstance(solver, Sketched):
-        side, m = min(solver.sketch.m, w.n), solver.sketch.m
-        fixed = blocks * (16.0 * side**2 + w.n * m * (max(4, w.itemsize) + (8.0 if m > w.n else 0.0)))
-        fixed += 8.0 * side**2 + scores + 8.0 * (min(w.n, FEATURE_ROWS) + w.tests) * m
-        kept = 0.0
-        per_entry = solver.sketch.nonzeros * 4.0 if isinstance(solver.sketch, SJLT) else float(m)
-        work = (w.n + w.tests) * w.d * per_entry
-        work += blocks * (w.n * m * side + (1.0 + EIGENVALUES_WORK) * side**3 / 3 + w.n * m * w.tests)
-    else:
-        fixed = scores + test_rows
-        work = w.inner_product_work * w.n * w.tests
-    in_flight = IN_FLIGHT * w.bytes_per_row * w.batch_size
-    fixed += in_flight + (sketch_cache_bytes(solver.sketch, w.d) if isinstance(solver, Sketched) else 0.0)
-    kept = min(kept, max(0.0, budget - fixed))
-    memory = fixed + kept
-    seconds = w.gradient_seconds * (w.n * passes + w.tests) + work / rate
-    return Estimate(solver, memory, kept, work, seconds)
+    if kept < cost.kept:
+        passes = _passes(cost.kept, budget - fixed) if cost.tiled else cost.passes
+    # A row of a GGN takes another backward pass, which is some half of a gradient's two.
+    gradients = w.gradient_seconds * (1.0 + (w.q or 1) / 2 - 0.5)
+    rate = multiply_adds_per_second(str(w.device))
+    seconds = gradients * w.n * passes + w.gradient_seconds * w.tests + cost.work / rate
+    return Estimate(solver, fixed + kept, kept, cost.work, seconds)
 
 
 def _passes(kept: float, room: float) -> float:

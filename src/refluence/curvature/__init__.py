@@ -1,5 +1,7 @@
-"""Curvatures: what C is."""
+"""Curvatures: the matrices C whose damped inverse weighs gradients against each other."""
 
-from refluence.curvature.fisher import EmpiricalFisher
+from refluence.curvature.base import Curvature, Vectors
+from refluence.curvature.functional import FunctionalCurvature
+from refluence.curvature.outer import OuterCurvature
 
-__all__ = ["EmpiricalFisher"]
+__all__ = ["Curvature", "FunctionalCurvature", "OuterCurvature", "Vectors"]

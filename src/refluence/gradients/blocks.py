@@ -305,16 +305,14 @@ class JointBlock(GradientBlock):
         """Inner products of every gradient with k vectors."""
         total = torch.zeros(self.n, vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
         for block, stretches in zip(self.blocks, self.columns, strict=True):
-            total += block.matvec(torch.cat([vectors[whole : whole + length] for _, length, whole in stretches]))
+            total += block.matvec(gather(vectors, stretches))
         return total
 
     def rmatvec(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "d k"]:
         """k weighted sums of the gradients."""
-        out = torch.empty(self.d, weights.shape[1], dtype=weights.dtype, device=weights.device)
+        out = torch.empty(weights.shape[1], self.d, dtype=weights.dtype, device=weights.device).T
         for block, stretches in zip(self.blocks, self.columns, strict=True):
-            sums = block.rmatvec(weights)
-            for own, length, whole in stretches:
-                out[whole : whole + length] = sums[own : own + length]
+            scatter(out, block.rmatvec(weights), stretches)
         return out
 
     def rows(self, start: int, stop: int) -> JointBlock:
@@ -341,5 +339,21 @@ class JointBlock(GradientBlock):
         return sum(block.inner_product_work() for block in self.blocks)
 
 
-def _contiguous(stretches: Sequence[tuple[int, int, int]]) -> bool:
+Stretches = Sequence[tuple[int, int, int]]
+
+
+def gather(whole: Float[Tensor, "d k"], stretches: Stretches) -> Float[Tensor, "e k"]:
+    """The rows of one block, in its own order, of vectors over the whole."""
+    if _contiguous(stretches):
+        return whole[stretches[0][2] : stretches[-1][2] + stretches[-1][1]]
+    return torch.cat([whole.T[:, at : at + length] for _, length, at in stretches], dim=1).T
+
+
+def scatter(whole: Float[Tensor, "d k"], own: Float[Tensor, "e k"], stretches: Stretches) -> None:
+    """Write vectors over one block into their rows of vectors over the whole."""
+    for start, length, at in stretches:
+        whole[at : at + length] = own[start : start + length]
+
+
+def _contiguous(stretches: Stretches) -> bool:
     return all(whole - own == stretches[0][2] - stretches[0][0] for own, _, whole in stretches)

@@ -21,6 +21,7 @@ from refluence.gradients.blocks import DenseBlock, GradientBlock, JointBlock, Ze
 from refluence.gradients.checks import check_independent
 from refluence.gradients.coverage import Coverage, ParameterCoverage
 from refluence.gradients.extraction import LayoutError, Owner, extract
+from refluence.gradients.fan import FanBlock
 from refluence.gradients.functional import Objective, single_gradients, vectorised_gradients
 from refluence.gradients.recording import record
 from refluence.gradients.routes import Groups, Router
@@ -53,12 +54,13 @@ class Capture:
         names = [name for group in groups.values() for name in group]
         self.parameters = {name: p for name, p in model.named_parameters() if name in set(names)}
         self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        with self._ready():
+        with self.ready():
             router = Router(model, self.parameters, groups, self.loss)
             self.routes = router.choose(probe.select(range(min(PROBE_ROWS, probe.n))))
 
     @contextmanager
-    def _ready(self) -> Iterator[None]:
+    def ready(self) -> Iterator[None]:
+        """The model in eval mode with only the attributed parameters requiring gradients, and given back as it was."""
         with evaluation_mode(self.model), torch.enable_grad():
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad != (name in self.parameters):
@@ -73,27 +75,36 @@ class Capture:
         """The measurements of a batch as an objective."""
         return self.task.measurements(self.task.output(model, batch), batch)
 
-    def gradients(self, batches: Batches, objective: Objective) -> Iterator[tuple[int, dict[str, JointBlock]]]:
+    def gradients(
+        self, batches: Batches, objective: Objective, q: int = 1
+    ) -> Iterator[tuple[int, dict[str, JointBlock]]]:
         """(first row, group → gradients) over a data set.
+
+        An objective of q > 1 values an example gives q gradients for each, those of the first value for all examples of
+        the batch first.
 
         Raises:
             NonFiniteError: NaN or Inf in a loss or gradient.
             TaskError: a measurement that depends on the other examples of its batch.
         """
         if objective == self.measurement:
-            with self._ready():
+            with self.ready():
                 probe = batches.select(range(min(PROBE_ROWS, batches.n)))
                 check_independent(self.model, objective, probe, batches.name, "measurement")
+        for start, batch in self.running(batches):
+            with self.ready():
+                blocks = self._grouped(batch, objective, start, batches.name, q)
+            yield start, blocks
+
+    def running(self, batches: Batches) -> Iterator[tuple[int, Any]]:
+        """(first row, batch), read with the model ready, which is given back also when whoever takes them stops."""
         waiting = iter(batches)
         while True:
-            # Entered for each batch, so that the model is given back also when whoever takes the blocks stops midway.
-            with self._ready():
+            with self.ready():
                 taken = next(waiting, None)
-                if taken is None:
-                    return
-                start, batch = taken
-                blocks = self._grouped(batch, objective, start, batches.name)
-            yield start, blocks
+            if taken is None:
+                return
+            yield taken
 
     @property
     def coverage(self) -> Coverage:
@@ -115,8 +126,8 @@ class Capture:
         frozen = not dict(self.task.model.named_parameters())[name].requires_grad
         return "frozen (requires_grad is False)" if frozen else "left out by `parameters`"
 
-    def _grouped(self, batch: Any, objective: Objective, start: int, data: str) -> dict[str, JointBlock]:
-        blocks = self._blocks(batch, objective, start, data)
+    def _grouped(self, batch: Any, objective: Objective, start: int, data: str, q: int) -> dict[str, JointBlock]:
+        blocks = self._blocks(batch, objective, start, data, q)
         grouped = {}
         for group, names in self.groups.items():
             offsets, total = {}, 0
@@ -135,23 +146,23 @@ class Capture:
             grouped[group] = JointBlock(tuple(blocks[route.owner] for route in chosen), tuple(columns))
         return grouped
 
-    def _blocks(self, batch: Any, objective: Objective, start: int, data: str) -> dict[Owner, GradientBlock]:
+    def _blocks(self, batch: Any, objective: Objective, start: int, data: str, q: int) -> dict[Owner, GradientBlock]:
         n = rows_of(batch)
         blocks: dict[Owner, GradientBlock] = {}
         left: dict[str, list[Owner]] = {"vmap": [], "single": []}
         recorded = [route for route in self.routes if route.kind in ("outer", "rows", "unused")]
         if recorded:
-            recording, errors = record(self.model, self.parameters, objective, batch, start, data)
+            recording, columns = record(self.model, self.parameters, objective, batch, start, data)
             used = recording.used
             for route in recorded:
                 try:
                     if route.kind == "unused" and not used & set(route.owner.names):
                         parameter = self.parameters[route.owner.names[0]]
-                        blocks[route.owner] = ZeroBlock(n, parameter.numel(), parameter.detach())
+                        blocks[route.owner] = ZeroBlock(q * n, parameter.numel(), parameter.detach())
                         continue
                     if route.kind == "unused" or recording.unknown & set(route.owner.names):
                         raise LayoutError("a use that no rule knows, or that the probe did not show")
-                    blocks[route.owner] = extract(route.owner, recording.uses, errors, self.shapes, route.layout, n)
+                    blocks[route.owner] = extract(route.owner, recording.uses, columns, self.shapes, route.layout, n)
                 except LayoutError:
                     left["single"].append(route.owner)
             left["single"] += self._disagreeing(blocks, batch, objective, start, recording.reorders)
@@ -159,7 +170,7 @@ class Capture:
             if route.kind in left:
                 left[route.kind].append(route.owner)
         for kind, owners in left.items():
-            blocks |= self._fallback(kind, owners, batch, objective)
+            blocks |= self._fallback(kind, owners, batch, objective, q)
         for owner, block in blocks.items():
             if (row := block.nonfinite_row()) is not None:
                 raise NonFiniteError(
@@ -175,7 +186,7 @@ class Capture:
 
         A layout can fit the probe and be wrong later, where a model selects, packs or reorders what it computes on.
         """
-        n = rows_of(batch)
+        n, q = rows_of(batch), next(iter(blocks.values())).n // rows_of(batch) if blocks else 1
         flattened = any(route.layout.startswith("batch-") for route in self.routes)
         next_check = -(-start // ROWS_PER_CHECK) * ROWS_PER_CHECK - start
         if next_check >= n and not reorders and not flattened:
@@ -186,26 +197,40 @@ class Capture:
         names = [name for owner in blocks for name in owner.names]
         wrong: list[Owner] = []
         for row in chosen:
-            reference = single_gradients(self.model, objective, names, slice_rows(batch, row, row + 1))
+            column = (start + row) % q
+            single = column_of(objective, column) if q > 1 else objective
+            reference = single_gradients(self.model, single, names, slice_rows(batch, row, row + 1))
             whole = torch.stack([gradient.double().norm() for gradient in reference.values()]).norm()[None]
+            at = column * n + row
             for owner, block in blocks.items():
                 if owner not in wrong:
                     expected = torch.cat([reference[name] for name in owner.names], dim=1)
-                    if not agree(block.rows(row, row + 1).dense(), expected, whole):
+                    if not agree(block.rows(at, at + 1).dense(), expected, whole):
                         wrong.append(owner)
         return wrong
 
     def _fallback(
-        self, kind: str, owners: Sequence[Owner], batch: Any, objective: Objective
+        self, kind: str, owners: Sequence[Owner], batch: Any, objective: Objective, q: int
     ) -> dict[Owner, GradientBlock]:
         if not owners:
             return {}
         names = [name for owner in owners for name in owner.names]
-        rows = None
-        if kind == "vmap":
-            # A measurement may hold what vmap cannot follow though the loss does not.
-            with suppress(RuntimeError):
-                rows = vectorised_gradients(self.model, objective, names, batch)
-        if rows is None:
-            rows = single_gradients(self.model, objective, names, batch)
-        return {owner: DenseBlock(torch.cat([rows[name] for name in owner.names], dim=1)) for owner in owners}
+        columns = []
+        for c in range(q):
+            single = column_of(objective, c) if q > 1 else objective
+            rows = None
+            if kind == "vmap":
+                # A measurement may hold what vmap cannot follow though the loss does not.
+                with suppress(RuntimeError):
+                    rows = vectorised_gradients(self.model, single, names, batch)
+            columns.append(single_gradients(self.model, single, names, batch) if rows is None else rows)
+        made: dict[Owner, GradientBlock] = {}
+        for owner in owners:
+            parts = tuple(DenseBlock(torch.cat([rows[name] for name in owner.names], dim=1)) for rows in columns)
+            made[owner] = parts[0] if q == 1 else FanBlock(parts)
+        return made
+
+
+def column_of(objective: Objective, column: int) -> Objective:
+    """One of the values that an objective gives for each example."""
+    return lambda model, batch: objective(model, batch)[:, column]

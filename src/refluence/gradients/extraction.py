@@ -7,14 +7,15 @@ by trial against single-example gradients (`capture.py`), never assumed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from refluence.gradients.blocks import DenseBlock, GradientBlock
-from refluence.gradients.factors import Dense, OneHot, Patches
+from refluence.gradients.factors import Dense, Factor, OneHot, Patches
+from refluence.gradients.fan import FanBlock
 from refluence.gradients.outer import OuterBlock, Term, merged
 from refluence.gradients.recorder import Slice, Use
 
@@ -60,25 +61,46 @@ def _leading(use: Use) -> int:
     return len(use.output_shape) - 1
 
 
-def _term(use: Use, error: Tensor, layout: str, n: int) -> Term:
+@dataclass
+class Inputs:
+    """What uses of weight matrices were fed, as factors that the gradients of all columns of an objective share."""
+
+    layout: str
+    n: int
+    made: dict[int, Factor] = field(default_factory=dict)
+
+    def of(self, use: Use) -> Factor:
+        """The factor of a use's input."""
+        if id(use) not in self.made:
+            self.made[id(use)] = self._factor(use)
+        return self.made[id(use)]
+
+    def _factor(self, use: Use) -> Factor:
+        assert use.weight is not None
+        if use.kind == "conv":
+            images, options = _kept(arrange(use.inputs, self.layout, self.n, 1)), use.options
+            return Patches(images, options["kernel"], options["stride"], options["dilation"], options["padding"])
+        values = _kept(arrange(use.inputs, self.layout, self.n, _leading(use)))
+        if use.kind == "embedding":
+            return OneHot(values + use.weight.start, use.weight.rows, use.options["dtype"])
+        return Dense(_padded(values, use.weight) if use.kind == "matmul" else values)
+
+
+def _term(use: Use, error: Tensor, inputs: Inputs) -> Term:
     """The outer products of one use of a weight matrix; `error` is the gradient of its output."""
     assert use.weight is not None
-    leading = _leading(use)
+    fed = inputs.of(use)
     if use.kind == "conv":
-        images = _kept(arrange(use.inputs, layout, n, 1))
-        options = use.options
-        patches = Patches(images, options["kernel"], options["stride"], options["dilation"], options["padding"])
-        return Term(Dense(_conv_error(error, layout, n)), patches)
-    e = _kept(arrange(error, layout, n, leading))
+        return Term(Dense(_conv_error(error, inputs.layout, inputs.n)), fed)
+    e = _kept(arrange(error, inputs.layout, inputs.n, _leading(use)))
     if use.kind == "embedding":
-        index = _kept(arrange(use.inputs, layout, n, leading))
         if (padding := use.options["padding"]) is not None:
-            e = e * (index != padding)[..., None]
-        return Term(OneHot(index + use.weight.start, use.weight.rows, e.dtype), Dense(e))
-    a = _kept(arrange(use.inputs, layout, n, leading))
+            assert isinstance(fed, OneHot)
+            e = e * (fed.index != padding + use.weight.start)[..., None]
+        return Term(fed, Dense(e))
     if use.kind == "matmul":
-        return Term(Dense(_padded(a, use.weight)), Dense(e))
-    return Term(Dense(_padded(e, use.weight)), Dense(a))
+        return Term(fed, Dense(e))
+    return Term(Dense(_padded(e, use.weight)), fed)
 
 
 def _conv_error(error: Tensor, layout: str, n: int) -> Float[Tensor, "n t c"]:
@@ -156,16 +178,29 @@ def is_outer(uses: Sequence[Use], weight: str) -> bool:
 def extract(
     owner: Owner,
     uses: Sequence[Use],
-    errors: Sequence[Tensor],
+    columns: Sequence[Sequence[Tensor]],
     shapes: dict[str, torch.Size],
     layout: str,
     n: int,
 ) -> GradientBlock:
-    """The gradients of `owner`'s parameters.
+    """The gradients of `owner`'s parameters, those of several columns of the objective one after the other.
 
     Raises:
         LayoutError: the shapes do not fit the layout.
     """
+    inputs = Inputs(layout, n)
+    parts = [_extract(owner, uses, errors, shapes, inputs) for errors in columns]
+    if len(parts) == 1:
+        block = parts[0]
+        return block if _worth_factors(block) else DenseBlock(block.dense())
+    fan = FanBlock(tuple(parts))
+    return fan if _worth_factors(fan) else FanBlock(tuple(DenseBlock(part.dense()) for part in parts))
+
+
+def _extract(
+    owner: Owner, uses: Sequence[Use], errors: Sequence[Tensor], shapes: dict[str, torch.Size], inputs: Inputs
+) -> GradientBlock:
+    layout, n = inputs.layout, inputs.n
     pairs = list(zip(uses, errors, strict=True))
     if owner.weight is None:
         assert owner.bias is not None
@@ -178,8 +213,7 @@ def extract(
         for use, error in mine:
             assert use.weight is not None
             if use.kind in MATRIX_KINDS and use.kind != "conv":
-                term = OuterBlock((_term(use, error, layout, n),))
-                part = term.dense()
+                part = OuterBlock((_term(use, error, inputs),)).dense()
             elif use.kind == "conv":
                 part = _grouped_conv(use, error, layout, n)
             else:
@@ -187,13 +221,12 @@ def extract(
             rows = part if rows is None else rows + part
         assert rows is not None
         return DenseBlock(rows)
-    block = OuterBlock(merged([_term(use, error, layout, n) for use, error in mine]), owner.bias is not None)
-    return block if _worth_factors(block) else DenseBlock(block.dense())
+    return OuterBlock(merged([_term(use, error, inputs) for use, error in mine]), owner.bias is not None)
 
 
-def _worth_factors(block: OuterBlock) -> bool:
-    """Whether the factors take less memory than the rows that they make."""
-    return sum(tensor.numel() for tensor in block.tensors()) < block.n * block.d
+def _worth_factors(block: GradientBlock) -> bool:
+    """Whether what is kept takes less memory than the rows that it makes."""
+    return isinstance(block, DenseBlock) or sum(tensor.numel() for tensor in block.tensors()) < block.n * block.d
 
 
 def _sum_of_shifts(

@@ -167,7 +167,8 @@ class OuterBlock(GradientBlock):
     def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "n k"]:
         """Inner products of every gradient with k vectors."""
         if (single := self.single) is not None:
-            return self._single_matvec(*single, vectors)
+            rows, columns = (factor.to(vectors.dtype) for factor in single)
+            return matrix_products(rows[None], columns, vectors, self.bias)[0]
         total = torch.zeros(self.n, vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
         for start, values in self.chunks(max(1, CHUNK_ELEMENTS // max(1, self.n))):
             total += values.to(vectors.dtype) @ vectors[start : start + values.shape[1]]
@@ -176,25 +177,12 @@ class OuterBlock(GradientBlock):
     def rmatvec(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "d k"]:
         """k weighted sums of the gradients."""
         if (single := self.single) is not None:
-            return self._single_rmatvec(*single, weights)
-        out = torch.empty(self.d, weights.shape[1], dtype=weights.dtype, device=weights.device)
+            rows, columns = (factor.to(weights.dtype) for factor in single)
+            return matrix_sums(rows[None], columns, weights[None], self.bias)
+        out = torch.empty(weights.shape[1], self.d, dtype=weights.dtype, device=weights.device).T
         for start, values in self.chunks(max(1, CHUNK_ELEMENTS // max(1, self.n))):
             out[start : start + values.shape[1]] = values.to(weights.dtype).T @ weights
         return out
-
-    def _single_matvec(self, rows: Tensor, columns: Tensor, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "n k"]:
-        """rowᵀ W column (+ rowᵀ b), without forming the gradients."""
-        rows, columns = rows.to(vectors.dtype), columns.to(vectors.dtype)
-        weight = self.R * self.C
-        products = [((rows @ v[:weight].reshape(self.R, self.C)) * columns).sum(dim=1) for v in vectors.T]
-        total = torch.stack(products, dim=1)
-        return total + rows @ vectors[weight:] if self.bias else total
-
-    def _single_rmatvec(self, rows: Tensor, columns: Tensor, weights: Float[Tensor, "n k"]) -> Float[Tensor, "d k"]:
-        """Σ_n u_n row_n ⊗ column_n, one matrix product for each of the k sums."""
-        rows, columns = rows.to(weights.dtype), columns.to(weights.dtype)
-        sums = torch.stack([((rows * u[:, None]).T @ columns).flatten() for u in weights.T], dim=1)
-        return torch.cat([sums, rows.T @ weights]) if self.bias else sums
 
     def rows(self, start: int, stop: int) -> OuterBlock:
         """The gradients of examples [start, stop)."""
@@ -233,3 +221,42 @@ def merged(terms: list[Term]) -> tuple[Term, ...]:
     row = Dense(torch.cat([term.row.vectors() for term in dense], dim=1))
     column = Dense(torch.cat([term.column.vectors() for term in dense], dim=1))
     return (Term(row, column), *(term for term in terms if term not in dense))
+
+
+def matrix_products(
+    rows: Float[Tensor, "q b R"], columns: Float[Tensor, "b C"], vectors: Float[Tensor, "d k"], bias: bool
+) -> Float[Tensor, "q b k"]:
+    """rowᵀ V_k column (+ rowᵀ v_k) for k matrices V, in b·R·C + q·b·R multiply-adds each; no gradient is formed."""
+    (q, b, width), length, k = rows.shape, columns.shape[1], vectors.shape[1]
+    weight = width * length
+    out = torch.empty(q, b, k, dtype=vectors.dtype, device=vectors.device)
+    step = max(1, CHUNK_ELEMENTS // max(1, b * min(width, length) if q == 1 else b * width))
+    for first in range(0, k, step):
+        some = slice(first, min(first + step, k))
+        matrices = vectors[:weight, some].T.reshape(-1, width, length)
+        if q == 1 and width > length:
+            out[0, :, some] = (torch.matmul(rows[0], matrices) * columns).sum(dim=2).T
+            continue
+        fed = torch.matmul(columns, matrices.mT)  # (k, b, R)
+        if q == 1:
+            out[0, :, some] = (fed * rows[0]).sum(dim=2).T
+        else:
+            out[:, :, some] = torch.bmm(rows.transpose(0, 1), fed.permute(1, 2, 0)).transpose(0, 1)
+    return out + rows @ vectors[weight:] if bias else out
+
+
+def matrix_sums(
+    rows: Float[Tensor, "q b R"], columns: Float[Tensor, "b C"], weights: Float[Tensor, "q b k"], bias: bool
+) -> Float[Tensor, "d k"]:
+    """Σ_b (Σ_q u_qbk row_qb) ⊗ column_b (and Σ row_qb u_qbk) for k sums, one matrix product for all of them."""
+    (_, b, width), length, k = rows.shape, columns.shape[1], weights.shape[2]
+    weight = width * length
+    out = torch.empty(k, weight + (width if bias else 0), dtype=weights.dtype, device=weights.device)
+    step = max(1, CHUNK_ELEMENTS // max(1, b * width))
+    for first in range(0, k, step):
+        some = slice(first, min(first + step, k))
+        combined = torch.einsum("qbr,qbk->krb", rows, weights[:, :, some])
+        out[some, :weight] = torch.matmul(combined, columns).flatten(1)
+        if bias:
+            out[some, weight:] = combined.sum(dim=2)
+    return out.T

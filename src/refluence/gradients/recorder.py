@@ -132,7 +132,9 @@ def _embedding(args: tuple, kwargs: Mapping[str, Any]) -> _Call | None:
     padding = given.get("padding_idx")
     if padding is not None and padding < 0:
         padding += given["weight"].shape[0]
-    return _Call("embedding", given["weight"], None, given["input"], {"padding": padding})
+    return _Call(
+        "embedding", given["weight"], None, given["input"], {"padding": padding, "dtype": given["weight"].dtype}
+    )
 
 
 def _layer_norm(args: tuple, kwargs: Mapping[str, Any]) -> _Call | None:

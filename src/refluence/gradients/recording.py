@@ -16,8 +16,10 @@ from refluence.gradients.recorder import Recorder, Recording
 
 def record(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], objective: Objective, batch: Any, start: int, data: str
-) -> tuple[Recording, list[Tensor]]:
-    """(how the parameters were used, gradient of the summed objective in each use's output).
+) -> tuple[Recording, list[list[Tensor]]]:
+    """(how the parameters were used, for each column of the objective its gradients in each use's output).
+
+    The objective gives one value an example, or q of them as (n, q): one forward pass and q backward passes.
 
     Raises:
         NonFiniteError: NaN or Inf in a value, with its row, counted from `start` of `data`.
@@ -35,17 +37,21 @@ def record(
     recording = recorder.recording
     edges = [use.edge for use in recording.uses if use.edge is not None]
     unseen = [name for name in parameters if name not in recording.used]
-    found: Iterator[Tensor | None] = iter(())
-    if (edges or unseen) and values.requires_grad:
-        sought: list[Any] = [*edges, *(parameters[name] for name in unseen)]
-        found = iter(torch.autograd.grad(values.sum(), sought, allow_unused=True))
-    errors = []
-    for use in recording.uses:
-        error = next(found, None) if use.edge is not None else None
-        errors.append(values.new_zeros(()).expand(use.output_shape) if error is None else error.detach())
-    # What autograd reaches and no torch function showed: a custom autograd function, an extension's kernel.
-    recording.unknown |= {name for name, gradient in zip(unseen, found, strict=False) if gradient is not None}
-    return recording, errors
+    sought: list[Any] = [*edges, *(parameters[name] for name in unseen)]
+    columns = []
+    for column in values.unbind(1) if values.ndim == 2 else (values,):
+        found: Iterator[Tensor | None] = iter(())
+        if sought and values.requires_grad:
+            keep = values.ndim == 2
+            found = iter(torch.autograd.grad(column.sum(), sought, retain_graph=keep, allow_unused=True))
+        errors = []
+        for use in recording.uses:
+            error = next(found, None) if use.edge is not None else None
+            errors.append(values.new_zeros(()).expand(use.output_shape) if error is None else error.detach())
+        columns.append(errors)
+        # What autograd reaches and no torch function showed: a custom autograd function, an extension's kernel.
+        recording.unknown |= {name for name, gradient in zip(unseen, found, strict=False) if gradient is not None}
+    return recording, columns
 
 
 def note_rows(error: Exception, batch: Any, start: int, data: str) -> None:
@@ -62,9 +68,9 @@ def note_rows(error: Exception, batch: Any, start: int, data: str) -> None:
 
 def _check_finite(values: Tensor, start: int, data: str) -> None:
     if not bool(torch.isfinite(values).all()):
-        row = int((~torch.isfinite(values)).nonzero()[0])
+        row = int((~torch.isfinite(values)).nonzero()[0, 0])
         raise NonFiniteError(
-            f"the loss of {data} row {start + row} is {values[row].item()}: look at that example's input and target, "
+            f"the loss of {data} row {start + row} is {values[row].tolist()}: look at that example's input and target, "
             "or leave it out"
         )
 

@@ -48,7 +48,7 @@ class Router:
         """The cheapest route for each parameter that gives the gradients of single examples."""
         check_deterministic(self.model, self.loss, batch)
         n = rows_of(batch)
-        recording, errors = record(self.model, self.parameters, self.loss, batch, 0, "train")
+        recording, [errors] = record(self.model, self.parameters, self.loss, batch, 0, "train")
         check_independent(self.model, self.loss, batch, "train", "loss")
         self._check_differentiated(recording, batch)
         reference = single_gradients(self.model, self.loss, list(self.parameters), batch)
@@ -102,7 +102,7 @@ class Router:
         possible = {}
         for layout in LAYOUTS:
             try:
-                rows = extract(owner, recording.uses, errors, self.shapes, layout, n).dense()
+                rows = extract(owner, recording.uses, [errors], self.shapes, layout, n).dense()
             except (LayoutError, RuntimeError):
                 continue
             if rows.shape == expected.shape:

@@ -25,11 +25,13 @@ class GradientRows:
         objective: what is differentiated: `capture.loss` or `capture.measurement`.
         memory: bytes that may be kept.
         progress: whether passes show a bar.
+        q: values of the objective, and so gradients, for each example.
     """
 
     def __init__(
-        self, capture: Capture, batches: Batches, objective: Objective, memory: int, progress: bool = True
+        self, capture: Capture, batches: Batches, objective: Objective, memory: int, progress: bool = True, q: int = 1
     ) -> None:
+        self.q = q
         self.capture, self.batches, self.objective = capture, batches, objective
         self.memory, self.progress = memory, progress
         self.n = batches.n
@@ -64,7 +66,7 @@ class GradientRows:
         keeping: list[tuple[int, BlocksOfBatch]] | None = [] if self._fits else None
         used = 0
         passes = track(
-            self.capture.gradients(self.batches, self.objective),
+            self.capture.gradients(self.batches, self.objective, self.q),
             f"gradients of {self.batches.name}",
             len(self.batches),
             self.progress,

@@ -16,6 +16,8 @@ from refluence.gradients.blocks import GradientBlock, accumulation_dtype
 
 S = TypeVar("S", bound="Sketch")
 
+LIFTED_COLUMNS = 2048
+
 
 class Sketch(ABC):
     """A random P (m×d) with E[PᵀP] = I, the same for a seed however the work is split.
@@ -61,6 +63,16 @@ class Sketch(ABC):
         dtype = accumulation_dtype(gradients.dtype)
         out = torch.zeros(gradients.shape[0], self.m, dtype=dtype, device=gradients.device)
         self._accumulate_rows(out, gradients.to(dtype))
+        return out
+
+    def lift(self, values: Float[Tensor, "m k"], d: int) -> Float[Tensor, "d k"]:
+        """Pᵀ Y: back to d numbers, some columns of P at a time."""
+        out = torch.empty(values.shape[1], d, dtype=values.dtype, device=values.device).T
+        for start in range(0, d, LIFTED_COLUMNS):
+            count = min(LIFTED_COLUMNS, d - start)
+            columns = torch.zeros(count, self.m, dtype=values.dtype, device=values.device)
+            self.accumulate(columns, torch.eye(count, dtype=values.dtype, device=values.device), start)
+            out[start : start + count] = columns @ values
         return out
 
     def _accumulate_rows(self, out: Float[Tensor, "n m"], rows: Float[Tensor, "n d"]) -> None:

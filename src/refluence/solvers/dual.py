@@ -1,140 +1,192 @@
-"""The dual (n×n) side: with K = √W G Gᵀ √W / n, scores are (K+μI)⁻¹ applied to the cross Gram.
+"""The dual side: N×N Gram matrices of the rows F of a curvature C = FᵀWF/n, whatever their length.
 
-Push-through: (GᵀWG/n + μ)⁻¹ Gᵀ√W = Gᵀ√W (K + μ)⁻¹, so τ(v, w_j g_j) = √w_j [(K+μ)⁻¹ √W G v]_j; no term cancels.
+Axis letters: N rows of the curvature, n train and k test examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
+from refluence.curvature import OuterCurvature, Vectors
 from refluence.errors import PlanError
+from refluence.gradients.kernels import cross_grams, gram_matrices
 from refluence.gradients.rows import GradientRows
-from refluence.solvers.kernels import cross_grams, gram_matrices
 from refluence.solvers.psd import PositiveMatrix
-from refluence.solvers.state import Shifts, State, refuse_singular, root_weights, scale_rows
+from refluence.solvers.state import Shifts, Solution
+from refluence.solvers.systems import MatrixState, root_weights, scale_rows, sum_over, weighted_gram
+
+DAMPED_ONLY = "the dual solver gives {what} for a damping > 0 only: use solver Dense at damping 0"
 
 
-@runtime_checkable
-class Kernel(Protocol):
-    """Inner products of train rows among themselves and with test rows."""
+class GramState(MatrixState):
+    """K = √W F Fᵀ √W / n and Woodbury's identity, (C+μ)⁻¹ = (I − Fᵀ√W (K+μ)⁻¹ √W F/n)/μ."""
 
-    n: int
+    exact = True
+    curvature: OuterCurvature
 
-    def among(self) -> dict[str, Float[Tensor, "n n"]]:
-        """Block → inner products of the train rows; the matrices are the caller's."""
-        ...
+    def __init__(self, curvature: OuterCurvature, matrices: dict[str, Tensor] | None = None) -> None:
+        self.roots = root_weights(curvature.row_weights)
+        if matrices is None:
+            grams = gram_matrices(curvature.features)
+            matrices = {block: weighted_gram(gram, curvature.n, self.roots) for block, gram in grams.items()}
+        super().__init__(curvature, matrices)
 
-    def across(self, tests: GradientRows) -> dict[str, Float[Tensor, "n k"]]:
-        """Block → inner products with test rows; the matrices are the caller's."""
-        ...
-
-
-class GradientKernel:
-    """The kernel of the gradients themselves."""
-
-    def __init__(self, train: GradientRows) -> None:
-        self.train, self.n = train, train.n
-
-    def among(self) -> dict[str, Float[Tensor, "n n"]]:
-        """Block → GGᵀ."""
-        return gram_matrices(self.train)
-
-    def across(self, tests: GradientRows) -> dict[str, Float[Tensor, "n k"]]:
-        """Block → GVᵀ."""
-        return cross_grams(self.train, tests)
-
-
-class DualState(State):
-    """One n×n matrix a block."""
-
-    def __init__(
-        self,
-        kernel: Kernel,
-        dimensions: Mapping[str, int],
-        weights: Float[Tensor, " n"] | None,
-        traces: Mapping[str, float] | None = None,
-    ) -> None:
-        self.kernel, self.n = kernel, kernel.n
-        self.dimensions = dict(dimensions)
-        self.roots = root_weights(weights)
-        self.systems: dict[str, PositiveMatrix] = {}
-        for block, gram in kernel.among().items():
-            gram /= self.n
-            if self.roots is not None:
-                scale_rows(gram, self.roots)
-                gram *= self.roots.to(gram.device)
-            self.systems[block] = PositiveMatrix(gram)
-        own = {block: float(torch.trace(system.matrix)) for block, system in self.systems.items()}
-        self.traces = dict(traces) if traces is not None else own
-
-    def shift(self, block: str, shift: float) -> float:
-        """The μ that is put on the matrix for a wanted one."""
-        return shift
-
-    def rank_needed(self, block: str) -> int:
-        """The rank at which the curvature is regular."""
-        return self.dimensions[block]
-
-    def spectra(self) -> dict[str, tuple[NDArray[np.float64], int | None]]:
-        """Block → (eigenvalues of K, which are C's but for zeros, None)."""
-        return {block: (system.eigenvalues, None) for block, system in self.systems.items()}
-
-    def _systems(self, shifts: Shifts) -> Iterator[tuple[str, PositiveMatrix, float]]:
-        for block, system in self.systems.items():
-            shift = self.shift(block, shifts[block])
+    def solve(self, vectors: Vectors, shifts: Shifts) -> Solution:
+        """(C+μ)⁻¹V by Woodbury."""
+        features, q = self.curvature.features, self.curvature.q
+        across = {
+            block: torch.empty(self.n * q, v.shape[1], dtype=torch.float64, device=v.device)
+            for block, v in vectors.items()
+        }
+        for start, blocks in features:
+            for block, v in vectors.items():
+                products = blocks[block].matvec(v.double())
+                across[block][q * start : q * start + products.shape[0]] = products
+        found = {block: v.double().clone() for block, v in vectors.items()}
+        inner = {}
+        for block, system, shift in self.systems_at({block: shifts[block] for block in vectors}):
             if shift == 0:
-                refuse_singular(system.rank(), self.rank_needed(block), block)
-            yield block, system, shift
+                raise PlanError(DAMPED_ONLY.format(what="inverse_hvp"))
+            inner[block] = scale_rows(system.solve(scale_rows(across[block], self.roots), shift), self.roots)
+        for start, blocks in features:
+            for block, total in found.items():
+                count = blocks[block].n
+                total -= blocks[block].rmatvec(inner[block][q * start : q * start + count]) / self.n
+        return Solution({block: total / shifts[block] for block, total in found.items()})
 
-    def effective_dimension(self, shifts: Shifts) -> float:
-        """Σ_b tr K_b(K_b+μ_bI)⁻¹."""
-        return sum(system.effective_dimension(shift) for _, system, shift in self._systems(shifts))
+
+class DualState(GramState):
+    """The rows are the train gradients, so that τ(v, w_j g_j) = √w_j [(K+μ)⁻¹ √W G v]_j, in which no term cancels.
+
+    Push-through: (GᵀWG/n + μ)⁻¹ Gᵀ√W = Gᵀ√W (K + μ)⁻¹.
+    """
 
     def scores(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]]:
         """Block → τ(v_i, w_j g_j)."""
-        across = self.kernel.across(tests)
-        for block, system, shift in self._systems(shifts):
+        across = cross_grams(self.curvature.features, tests)
+        for block, system, shift in self.systems_at(shifts):
             right = scale_rows(across.pop(block), self.roots)
             yield block, scale_rows(system.solve(right, shift), self.roots).T
 
     def self_influence(self, shifts: Shifts) -> Float[Tensor, " n"]:
         """n · diag K(K+μI)⁻¹: n times the ridge leverage scores."""
-        return self.n * sum_over(system.leverages(shift) for _, system, shift in self._systems(shifts))
+        return self.n * sum_over(system.leverages(shift) for _, system, shift in self.systems_at(shifts))
 
     def inverse_norms(self, shifts: Shifts) -> Float[Tensor, " n"]:
         """w_j · n · diag K(K+μI)⁻²."""
-        total = self.n * sum_over(system.squared_leverages(shift) for _, system, shift in self._systems(shifts))
+        total = self.n * sum_over(system.squared_leverages(shift) for _, system, shift in self.systems_at(shifts))
         return total if self.roots is None else total * self.roots.to(total.device).square()
 
-    def inverse_hvp(self, tests: GradientRows, shifts: Shifts) -> dict[str, Float[Tensor, "k d"]]:
-        """(V − (1/n) V Gᵀ√W (K+μ)⁻¹ √W G)/μ, by Woodbury."""
-        assert isinstance(self.kernel, GradientKernel)
-        across = self.kernel.across(tests)
-        results, weights = {}, {}
-        for block, system, shift in self._systems(shifts):
+
+class WoodburyState(GramState):
+    """The rows are others than the train gradients: τ(v, g) = (vᵀg − (√WFv)ᵀ(K+μ)⁻¹(√WFg)/n)/μ.
+
+    Exact to a relative error of ε·‖v‖‖g‖/(μ|τ|): the two terms cancel where the rows nearly span v or g. With sampled
+    labels every score also has a standard error over the samples.
+
+    Args:
+        samples: labels drawn for each example, 0 where the rows are no sample.
+    """
+
+    def __init__(self, curvature: OuterCurvature, matrices: dict[str, Tensor] | None = None, samples: int = 0) -> None:
+        super().__init__(curvature, matrices)
+        self.samples = samples
+
+    def scores(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]]:
+        """Block → τ(v_i, w_j g_j)."""
+        rows = self.curvature.rows
+        direct, with_tests = cross_grams(rows, tests), cross_grams(self.curvature.features, tests)
+        with_train = cross_grams(self.curvature.features, rows)
+        for block, system, shift in self._damped(shifts):
+            solved = system.solve(scale_rows(with_tests.pop(block), self.roots), shift)
+            inner = scale_rows(with_train.pop(block), self.roots).T @ solved
+            values = (direct.pop(block) - inner / self.n) / shift
+            yield block, scale_rows(values, self.curvature.weights).T
+
+    def deviations(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]] | None:
+        """Block → standard error over the sampled labels, of first order: dτ = −vᵀ(C+μ)⁻¹ dC (C+μ)⁻¹g."""
+        return self._deviations(tests, shifts) if self.samples > 1 else None
+
+    def _deviations(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]]:
+        features = self.curvature.features
+        with_tests, with_train = cross_grams(features, tests), cross_grams(features, self.curvature.rows)
+        order = sample_order(features.n, features.batches.batch_size, self.samples)
+        for block, system, shift in self._damped(shifts):
+            # By push-through these are √W F (C+μ)⁻¹ applied to the test and train gradients.
+            left = system.solve(scale_rows(with_tests.pop(block), self.roots), shift)
+            right = system.solve(scale_rows(with_train.pop(block), self.roots), shift)
+            variance = sampling_variance(left[order], right[order], self.n)
+            yield block, scale_rows(variance.sqrt_().T.contiguous(), self.curvature.weights).T
+
+    def _damped(self, shifts: Shifts) -> Iterator[tuple[str, PositiveMatrix, float]]:
+        for block, system, shift in self.systems_at(shifts):
             if shift == 0:
-                raise PlanError(
-                    "the dual solver gives inverse_hvp for a damping > 0 only: use solver Dense at damping 0"
-                )
-            right = scale_rows(across[block], self.roots)
-            weights[block] = scale_rows(system.solve(right, shift), self.roots)
-            results[block] = torch.cat([blocks[block].dense().double() for _, blocks in tests]).T.contiguous()
-        for start, blocks in self.kernel.train:
-            for block, result in results.items():
-                result -= blocks[block].rmatvec(weights[block][start : start + blocks[block].n]) / self.n
-        return {block: (result / self.shift(block, shifts[block])).T for block, result in results.items()}
+                raise PlanError(DAMPED_ONLY.format(what="scores of this curvature"))
+            yield block, system, shift
+
+    def _reduced(self, shifts: Shifts) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+        """(block, √WFGᵀ, (K+μ)⁻¹√WFGᵀ, μ)."""
+        with_train = cross_grams(self.curvature.features, self.curvature.rows)
+        for block, system, shift in self._damped(shifts):
+            across = scale_rows(with_train.pop(block), self.roots)
+            yield block, across, system.solve(across, shift), shift
+
+    def _norms(self) -> dict[str, Float[Tensor, " n"]]:
+        parts: dict[str, list[Tensor]] = {}
+        for _, blocks in self.curvature.rows:
+            for block, rows in blocks.items():
+                parts.setdefault(block, []).append(rows.squared_norms())
+        return {block: torch.cat(norms) for block, norms in parts.items()}
+
+    def _weighted(self, total: Float[Tensor, " n"], power: int) -> Float[Tensor, " n"]:
+        weights = self.curvature.weights
+        return total if weights is None else total * weights.to(total) ** power
+
+    def self_influence(self, shifts: Shifts) -> Float[Tensor, " n"]:
+        """τ(g_j, w_j g_j)."""
+        norms = self._norms()
+        return self._weighted(
+            sum_over(
+                (norms[block] - (across * solved).sum(dim=0) / self.n) / shift
+                for block, across, solved, shift in self._reduced(shifts)
+            ),
+            1,
+        )
+
+    def inverse_norms(self, shifts: Shifts) -> Float[Tensor, " n"]:
+        """‖(C+μI)⁻¹ w_j g_j‖² = w_j²(‖g‖² − 2aᵀs/n + sᵀKs/n)/μ² with a = √WFg, s = (K+μ)⁻¹a."""
+        norms = self._norms()
+        parts = []
+        for block, across, solved, shift in self._reduced(shifts):
+            within = (solved * (self.systems[block].matrix @ solved)).sum(dim=0)
+            parts.append((norms[block] - 2 * (across * solved).sum(dim=0) / self.n + within / self.n) / shift**2)
+        return self._weighted(sum_over(iter(parts)).clamp_(min=0.0), 2)
 
 
-def sum_over(parts: Iterator[Tensor]) -> Tensor:
-    """The sum of tensors, at least one."""
-    total = next(parts)
-    for part in parts:
-        total = total + part
-    return total
+def sample_order(n: int, batch_size: int, samples: int) -> Tensor:
+    """(S, n): the rows of sample s of every example, in the order of `gram_matrices`."""
+    starts = range(0, n, batch_size)
+    parts = [
+        torch.arange(samples * start, samples * min(start + batch_size, n)).reshape(samples, -1) for start in starts
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def sampling_variance(left: Float[Tensor, "S n k"], right: Float[Tensor, "S n m"], n: int) -> Float[Tensor, "k m"]:
+    """Variance of (1/n) Σ_l Σ_s x_lsi y_lsj when the S terms of each example l are independent draws.
+
+    x = fᵀ(C+μ)⁻¹v and y = fᵀ(C+μ)⁻¹g of rows f that already hold the factor 1/√S, so that each term is a share 1/S of
+    the example: Var = S/(S−1) Σ_l [Σ_s (xy)² − (Σ_s xy)²/S]/n².
+    """
+    samples = left.shape[0]
+    squares = left.square().flatten(0, 1).T @ right.square().flatten(0, 1)
+    sums = torch.zeros_like(squares)
+    for s in range(samples):
+        for r in range(s + 1):
+            product = (left[s] * left[r]).T @ (right[s] * right[r])
+            sums += product if r == s else 2 * product
+    return ((squares - sums / samples) * (samples / ((samples - 1) * n**2))).clamp_(min=0.0)

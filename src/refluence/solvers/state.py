@@ -4,17 +4,40 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from numpy.typing import NDArray
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from refluence.curvature import Curvature, Vectors
 from refluence.errors import PlanError
 from refluence.gradients.rows import GradientRows
+from refluence.theory import SpectralMeasure, effective_dimension
 
 Shifts = dict[str, float]
+
+CHUNK_BYTES = 512 << 20
+"""Memory for the dense gradients of the train examples that are solved for together."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """(C_b + μ_b I)⁻¹ V_b for every block, with what is known of its accuracy for each of the k columns.
+
+    Args:
+        values: block → (d, k).
+        residual: ‖(C+μ)s − v‖/‖v‖ over all blocks, 0 where v = 0; None where it was not measured.
+        iterations: of an iterative solver.
+        converged: whether the solver's tolerance was met.
+    """
+
+    values: Vectors
+    residual: Float[Tensor, " k"] | None = None
+    iterations: Int64[Tensor, " k"] | None = None
+    converged: Bool[Tensor, " k"] | None = None
 
 
 class State(ABC):
@@ -23,22 +46,46 @@ class State(ABC):
     The train side of every product is w_j g_j, the gradient of example j's term in the weighted objective.
     """
 
-    n: int
-    traces: dict[str, float]
-    dimensions: dict[str, int]
-    exact: bool = True
+    exact: bool = False
+    """Whether the scores are those of the curvature itself, with no approximation but rounding."""
 
-    @abstractmethod
-    def spectra(self) -> dict[str, tuple[NDArray[np.float64], int | None]]:
-        """Block → (eigenvalues, sketch size where they are those of a sketch to be corrected for)."""
+    def __init__(self, curvature: Curvature) -> None:
+        self.curvature = curvature
+        self.n = curvature.n
+        self.dimensions = curvature.dimensions
+        self.diagnostics: dict[str, Any] = {}
 
-    @abstractmethod
+    @cached_property
+    def traces(self) -> dict[str, float]:
+        """Block → tr C_b."""
+        return self.curvature.traces()
+
+    def spectra(self) -> dict[str, SpectralMeasure]:
+        """Block → what is known of the spectrum of C_b."""
+        return self.curvature.spectra()
+
     def effective_dimension(self, shifts: Shifts) -> float:
-        """Σ_b tr C_b(C_b+μ_bI)⁻¹."""
+        """Σ_b tr C_b(C_b+μ_bI)⁻¹; negative eigenvalues count as 0."""
+        return sum(
+            effective_dimension(measure.positive_part().values, shifts[block], measure.counts)
+            for block, measure in self.spectra().items()
+        )
+
+    def export(self) -> dict[str, Tensor]:
+        """What the solver's `restore` needs beside the curvature."""
+        return {}
+
+    @abstractmethod
+    def solve(self, vectors: Vectors, shifts: Shifts) -> Solution:
+        """Block → (C_b+μ_bI)⁻¹ V_b of the blocks given."""
 
     @abstractmethod
     def scores(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]]:
         """Block → τ(v_i, w_j g_j); the blocks sum to the scores."""
+
+    def deviations(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]] | None:
+        """Block → standard error of each score, None where there is none or it is not known."""
+        return None
 
     @abstractmethod
     def self_influence(self, shifts: Shifts) -> Float[Tensor, " n"]:
@@ -48,9 +95,91 @@ class State(ABC):
     def inverse_norms(self, shifts: Shifts) -> Float[Tensor, " n"]:
         """‖(C+μI)⁻¹ w_j g_j‖² over all blocks."""
 
-    @abstractmethod
     def inverse_hvp(self, tests: GradientRows, shifts: Shifts) -> dict[str, Float[Tensor, "k d"]]:
         """Block → (C+μI)⁻¹ v_i."""
+        found: dict[str, list[Tensor]] = {}
+        for vectors in gradient_tiles(tests, torch.float64):
+            for block, values in self.solve(vectors, shifts).values.items():
+                found.setdefault(block, []).append(values.T.double())
+        return {block: torch.cat(parts) for block, parts in found.items()}
+
+
+class OperatorState(State):
+    """A state that is its `solve`; everything else is streamed from it."""
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype of the inner products of solved vectors with gradients."""
+        return torch.float64
+
+    def scores(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]]:
+        """Block → τ(v_i, w_j g_j)."""
+        parts: dict[str, list[Tensor]] = {}
+        for vectors in gradient_tiles(tests, torch.float64):
+            solved = self.solve(vectors, shifts).values
+            for block, values in products_with(self.curvature.rows, solved, self.product_dtype).items():
+                parts.setdefault(block, []).append(values)
+        for block, tiles in parts.items():
+            values = torch.cat(tiles)
+            yield block, values if self.curvature.weights is None else values * self.curvature.weights.to(values)
+
+    def _over_train(self, shifts: Shifts, squared: bool) -> Float[Tensor, " n"]:
+        rows = self.curvature.rows
+        total = torch.zeros(self.n, dtype=torch.float64, device=rows.device)
+        start = 0
+        for vectors in gradient_tiles(rows, torch.float64):
+            solved = self.solve(vectors, shifts).values
+            count = next(iter(vectors.values())).shape[1]
+            for block, values in solved.items():
+                other = values if squared else vectors[block]
+                total[start : start + count] += (values.double() * other.double()).sum(dim=0)
+            start += count
+        if self.curvature.weights is not None:
+            total *= self.curvature.weights.to(total) ** (2 if squared else 1)
+        return total
+
+    def self_influence(self, shifts: Shifts) -> Float[Tensor, " n"]:
+        """τ(g_j, w_j g_j)."""
+        return self._over_train(shifts, squared=False)
+
+    def inverse_norms(self, shifts: Shifts) -> Float[Tensor, " n"]:
+        """‖(C+μI)⁻¹ w_j g_j‖²."""
+        return self._over_train(shifts, squared=True)
+
+
+def gradient_tiles(rows: GradientRows, dtype: torch.dtype) -> Iterator[Vectors]:
+    """Gradients as columns, block → (d, k), as many together as a bounded memory holds, in the order of the rows."""
+    d = sum(rows.dimension(group) for group in rows.groups)
+    tile = max(1, CHUNK_BYTES // (8 * d))
+    waiting: dict[str, list[Tensor]] = {group: [] for group in rows.groups}
+    count = 0
+    for _, blocks in rows:
+        total = next(iter(blocks.values())).n
+        first = 0
+        while first < total:
+            last = min(total, first + tile - count)
+            for group, block in blocks.items():
+                waiting[group].append(block.rows(first, last).dense().to(dtype))
+            count += last - first
+            first = last
+            if count == tile:
+                yield {group: torch.cat(parts).T for group, parts in waiting.items()}
+                waiting, count = {group: [] for group in rows.groups}, 0
+    if count:
+        yield {group: torch.cat(parts).T for group, parts in waiting.items()}
+
+
+def products_with(rows: GradientRows, vectors: Vectors, dtype: torch.dtype) -> dict[str, Float[Tensor, "k n"]]:
+    """Block → inner products of k vectors with every gradient, in float64 from products in `dtype`."""
+    given = {block: values.to(dtype) for block, values in vectors.items()}
+    out = {
+        block: torch.empty(values.shape[1], rows.n, dtype=torch.float64, device=values.device)
+        for block, values in vectors.items()
+    }
+    for start, blocks in rows:
+        for block, values in given.items():
+            out[block][:, start : start + blocks[block].n] = blocks[block].matvec(values).T
+    return out
 
 
 def refuse_singular(rank: int, size: int, block: str) -> None:
@@ -60,18 +189,3 @@ def refuse_singular(rank: int, size: int, block: str) -> None:
             f"the curvature of block {block!r} is singular (rank {rank} of {size}), so it has no inverse at damping 0: "
             "use a damping > 0"
         )
-
-
-def root_weights(weights: Tensor | None) -> Float[Tensor, " n"] | None:
-    """√w in float64, None for equal weights."""
-    return None if weights is None else weights.double().sqrt()
-
-
-def scale_rows(matrix: Float[Tensor, "n k"], scale: Tensor | None) -> Float[Tensor, "n k"]:
-    """diag(scale) @ matrix, in place."""
-    return matrix if scale is None else matrix.mul_(scale.to(matrix.device)[:, None])
-
-
-def trace_of(matrix: Tensor) -> float:
-    """The trace as a number."""
-    return float(torch.trace(matrix))

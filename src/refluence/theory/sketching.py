@@ -32,7 +32,7 @@ def corrected_damping(eigenvalues: Spectrum, size: int, target: float) -> float:
     """The μ at which a sketch of m = `size` rows gives scores that estimate those at κ = `target`.
 
     Args:
-        eigenvalues: of PCPᵀ; zeros may be left out.
+        eigenvalues: of PCPᵀ; zeros may be left out. Those of an indefinite C may be negative: μ is then above −σ̃_min.
         size: m, the rows of the sketch.
         target: κ > 0, the damping wanted of the values.
 
@@ -46,6 +46,9 @@ def corrected_damping(eigenvalues: Spectrum, size: int, target: float) -> float:
     def excess(log_ratio: float) -> float:
         return float((target / (values + target * np.exp(log_ratio))).mean()) - 1.0
 
+    if (smallest := float(values.min())) < 0:
+        low, high = np.log(-smallest / target * (1 + 1e-9)), np.log(1.0 - smallest / target)
+        return target * float(np.exp(brentq(excess, low, high, xtol=1e-13, rtol=1e-13)))
     low = -50.0
     if excess(low) <= 0:
         wanted = 2 * effective_dimension(values, target)
@@ -59,7 +62,9 @@ def corrected_damping(eigenvalues: Spectrum, size: int, target: float) -> float:
 
 def _padded(eigenvalues: Spectrum, size: int) -> NDArray[np.float64]:
     """All m eigenvalues, with the zeros that were left out."""
-    values = as_spectrum(eigenvalues)
+    values = np.asarray(eigenvalues, dtype=np.float64)
+    if values.size == 0 or values.min() >= -1e-6 * values.max():
+        values = as_spectrum(values)
     if values.size > size:
         raise RefluenceError(f"a sketch of m = {size} rows has no {values.size} eigenvalues")
     return np.concatenate([values, np.zeros(size - values.size)])

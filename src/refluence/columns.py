@@ -1,0 +1,86 @@
+"""What is done to the columns of scores, one for each train example: weights, norms, groups."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from refluence.batches import Batches
+from refluence.errors import DataError
+from refluence.task import batch_targets
+
+NORMALISATIONS = ("theta-relatif", "l-relatif")
+
+
+def checked_weights(weights: Sequence[float] | Tensor, n: int, negative: bool = False) -> Float[Tensor, " n"]:
+    """One finite number for each train example, ≥ 0 unless `negative`.
+
+    Raises:
+        DataError: another count, or such a number, with its index.
+    """
+    values = torch.as_tensor(weights, dtype=torch.float64).detach()
+    if values.shape != (n,):
+        raise DataError(f"weights must be one number for each of {n} train examples, not shape {tuple(values.shape)}")
+    wrong = ~torch.isfinite(values) if negative else ~torch.isfinite(values) | (values < 0)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise DataError(
+            f"weights must be finite{'' if negative else ' and ≥ 0'}; weights[{row}] is {values[row].item()}"
+        )
+    return values
+
+
+def check_normalisation(normalize: str | None) -> None:
+    """Refuse an unknown normalisation.
+
+    Raises:
+        DataError: with the known ones.
+    """
+    if normalize is not None and normalize not in NORMALISATIONS:
+        raise DataError(f"normalize must be one of {NORMALISATIONS} or None, not {normalize!r}")
+
+
+def group_codes(groups: str | Iterable[Any], train: Batches) -> tuple[Tensor, Any]:
+    """(number of the group of each train example, the groups' labels in order).
+
+    Raises:
+        DataError: another word than "class", another count of labels, or missing ones.
+    """
+    if isinstance(groups, str) and groups != "class":
+        raise DataError(f'groups must be one label for each train example, or "class", not {groups!r}')
+    labels = _classes(train) if isinstance(groups, str) else groups
+    if isinstance(labels, Tensor):
+        labels = labels.cpu().numpy()
+    codes, names = pd.factorize(pd.Series(list(labels)), sort=True)
+    if len(codes) != train.n:
+        raise DataError(f"groups has {len(codes)} labels for {train.n} train examples")
+    if (codes < 0).any():
+        raise DataError("groups has missing labels: give every train example one")
+    return torch.as_tensor(codes), np.asarray(names)
+
+
+def sum_columns(values: Float[Tensor, "k n"], codes: Tensor, count: int) -> Float[Tensor, "k g"]:
+    """The columns of each group added."""
+    summed = torch.zeros(values.shape[0], count, dtype=values.dtype, device=values.device)
+    return summed.index_add_(1, codes.to(values.device), values)
+
+
+def _classes(train: Batches) -> Tensor:
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed from the user's random state
+        targets = [batch_targets(batch) for _, batch in train]
+    labels = torch.cat([torch.as_tensor(part) for part in targets])
+    if labels.ndim != 1:
+        raise DataError(f'groups="class" needs one target for each example; the targets have shape {labels.shape}')
+    return labels
+
+
+def hash_numbers(values: Sequence[float] | Tensor) -> str:
+    """A hash of a vector of numbers, for manifests."""
+    return hashlib.sha256(torch.as_tensor(values, dtype=torch.float64).cpu().numpy().tobytes()).hexdigest()

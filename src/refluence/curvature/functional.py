@@ -1,0 +1,64 @@
+"""Curvatures known by products only, made by passes over the data: the Hessian, and the GGN of many outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from refluence.batches import rows_of
+from refluence.curvature.base import Curvature, Vectors
+from refluence.gradients.rows import GradientRows
+
+Products = Callable[[tuple[str, ...], Any, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+"""(parameter names, batch, weights of its examples, name → (k, *shape)) → name → Σ_i w_i C_i v of these parameters."""
+
+
+class FunctionalCurvature(Curvature):
+    """C_b v by forward and reverse differentiation of one batch after the other, whatever the model and the loss.
+
+    A block's product differentiates in that block's parameters only. Products are made in the dtype of the parameters.
+
+    Args:
+        products: of one batch.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: GradientRows,
+        products: Products,
+        weights: Float[Tensor, " n"] | None = None,
+        positive: bool = False,
+    ) -> None:
+        super().__init__(name, rows, weights, positive)
+        self._products = products
+
+    def matvec(self, vectors: Vectors) -> Vectors:
+        """Block → C_b V_b, in one pass over the data."""
+        capture = self.rows.capture
+        totals: dict[str, Tensor] = {}
+        given = {block: self._named(block, v) for block, v in vectors.items()}
+        for start, batch in capture.running(self.rows.batches):
+            b = rows_of(batch)
+            weights = torch.ones(b, dtype=torch.float64) if self.weights is None else self.weights[start : start + b]
+            for block, named in given.items():
+                names = capture.groups[block]
+                with capture.ready():
+                    found = self._products(names, batch, weights.to(self.device), named)
+                flat = torch.cat([found[name].flatten(1) for name in names], dim=1)
+                flat = flat.to(vectors[block].dtype)
+                totals[block] = totals[block].add_(flat) if block in totals else flat
+        return {block: (total / self.n).T for block, total in totals.items()}
+
+    def _named(self, block: str, vectors: Float[Tensor, "d k"]) -> dict[str, Tensor]:
+        capture = self.rows.capture
+        names = capture.groups[block]
+        pieces = vectors.T.split([capture.shapes[name].numel() for name in names], dim=1)
+        return {
+            name: piece.to(capture.parameters[name].dtype).reshape(-1, *capture.shapes[name])
+            for name, piece in zip(names, pieces, strict=True)
+        }

@@ -1,0 +1,98 @@
+"""Curvatures that are a sum of outer products of gradient rows."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from refluence.curvature.base import Curvature, Vectors
+from refluence.gradients.blocks import CHUNK_ELEMENTS
+from refluence.gradients.rows import GradientRows
+
+
+class OuterCurvature(Curvature):
+    """C = (1/n) Σ_i w_i Σ_q f_iq f_iqᵀ, where f_iq are q gradients for each example.
+
+    The empirical Fisher has f = the gradient of the loss; the GGN f = Jᵀ(∂²ℓ)^½, one row for each output; the true
+    Fisher the expectation over the model's own labels, exact or by samples.
+
+    Args:
+        features: f; for the empirical Fisher, `rows` itself.
+    """
+
+    def __init__(
+        self, name: str, rows: GradientRows, features: GradientRows, weights: Float[Tensor, " n"] | None = None
+    ) -> None:
+        super().__init__(name, rows, weights, positive=True)
+        self.features = features
+
+    @property
+    def q(self) -> int:
+        """Feature rows an example."""
+        return self.features.q
+
+    @property
+    def own_rows(self) -> bool:
+        """Whether the rows are the training gradients themselves."""
+        return self.features is self.rows
+
+    def feature_weights(self, start: int, rows: int) -> Float[Tensor, " rows"] | None:
+        """w of the feature rows of the batch that begins at example `start`."""
+        if self.weights is None:
+            return None
+        return self.weights[start : start + rows // self.q].to(self.device).repeat(self.q)
+
+    @property
+    def row_weights(self) -> Float[Tensor, " N"] | None:
+        """w of all feature rows, in the order of `gram_matrices`."""
+        if self.weights is None:
+            return None
+        size = self.features.batches.batch_size
+        return torch.cat([part.repeat(self.q) for part in self.weights.to(self.device).split(size)])
+
+    def matvec(self, vectors: Vectors) -> Vectors:
+        """Block → C_b V_b, in one pass over the rows."""
+        out = {block: torch.zeros_like(v) for block, v in vectors.items()}
+        for start, blocks in self.features:
+            for block, v in vectors.items():
+                products = blocks[block].matvec(v)
+                if (weights := self.feature_weights(start, products.shape[0])) is not None:
+                    products = products * weights[:, None].to(products)
+                out[block] += blocks[block].rmatvec(products)
+        return {block: total.div_(self.n) for block, total in out.items()}
+
+    def _dense(self, block: str) -> Float[Tensor, "d d"]:
+        d = self.dimensions[block]
+        moment = torch.zeros(d, d, dtype=torch.float64, device=self.device)
+        step = max(1, CHUNK_ELEMENTS // max(1, d))
+        for start, blocks in self.features:
+            rows = blocks[block]
+            weights = self.feature_weights(start, rows.n)
+            for first in range(0, rows.n, step):
+                values = rows.rows(first, min(first + step, rows.n)).dense().double()
+                left = values if weights is None else values * weights[first : first + step, None]
+                moment.addmm_(left.T, values, alpha=1.0 / self.n)
+        return (moment + moment.T) / 2
+
+    def diagonal(self) -> dict[str, Float[Tensor, " d"]]:
+        """Block → the diagonal of C_b."""
+        totals = {b: torch.zeros(d, dtype=torch.float64, device=self.device) for b, d in self.dimensions.items()}
+        for start, blocks in self.features:
+            for block, rows in blocks.items():
+                weights = self.feature_weights(start, rows.n)
+                for first, values in rows.chunks(max(1, CHUNK_ELEMENTS // rows.n)):
+                    squares = values.double().square()
+                    summed = squares.sum(dim=0) if weights is None else weights @ squares
+                    totals[block][first : first + values.shape[1]] += summed / self.n
+        return totals
+
+    def traces(self) -> dict[str, float]:
+        """Block → tr C_b, the weighted mean squared norm of its rows."""
+        totals = dict.fromkeys(self.groups, 0.0)
+        for start, blocks in self.features:
+            for block, rows in blocks.items():
+                norms = rows.squared_norms()
+                weights = self.feature_weights(start, rows.n)
+                totals[block] += float((norms if weights is None else norms * weights).sum()) / self.n
+        return totals

@@ -1,0 +1,89 @@
+"""The Neumann series of an inverse, summed by a recursion (LiSSA)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from refluence.errors import SolverError
+from refluence.linalg.lanczos import spectral_bounds
+from refluence.linalg.maps import Apply
+
+ROUNDING = 1e-3
+CHECK_EVERY = 4
+
+
+def neumann_solve(
+    apply: Apply,
+    vectors: Float[Tensor, "d k"],
+    scale: float,
+    depth: int,
+    slack: float = 1.0 + ROUNDING,
+    remedy: Callable[[], str] | None = None,
+) -> Float[Tensor, "d k"]:
+    """A⁻¹V ≈ (1/scale) Σ_{t ≤ depth} (I − A/scale)ᵗ V, by s ← v + s − (A s)/scale from s = v, all columns at once.
+
+    Converges for 0 < eigenvalues of A < 2·scale; a component of eigenvalue σ is left short by (1 − σ/scale)^(depth+1).
+    Then ‖s_t‖ ≤ (t + 1)‖v‖, so the first step past that proves divergence.
+    Agarwal, Bullins & Hazan 2017 (arXiv 1602.03943), Koh & Liang 2017 (arXiv 1703.04730), §3.
+
+    Args:
+        apply: v ↦ Av; may be another unbiased sample of A at each call.
+        vectors: V.
+        scale: at least half the largest eigenvalue of A; the largest itself leaves no component oscillating.
+        depth: steps, one product with k columns each.
+        slack: by how much a sampled A may pass the bound.
+        remedy: the end of the error's message; by default the scale that would work, measured.
+
+    Raises:
+        SolverError: the recursion diverges.
+    """
+    sums = vectors.clone()
+    norms = torch.linalg.vector_norm(vectors, dim=0, dtype=torch.float64)
+    for t in range(1, depth + 1):
+        sums = torch.add(vectors, torch.sub(sums, apply(sums), alpha=1.0 / scale))
+        # Reading a number back waits for the device.
+        if t % CHECK_EVERY == 0 or t == depth:
+            sizes = torch.linalg.vector_norm(sums, dim=0, dtype=torch.float64)
+            if not bool((sizes <= slack * (t + 1) * norms).all()):
+                advice = (remedy or (lambda: scale_advice(apply, vectors)))()
+                raise SolverError(f"LiSSA diverges within {t} steps at scale {scale:.4g}: {advice}")
+    return sums.div_(scale)
+
+
+def neumann_depth(smallest: float, scale: float, tolerance: float) -> int:
+    """The steps after which (1 − σ_min/scale)^(depth+1) ≤ tolerance, for σ_max ≤ scale."""
+    ratio = min(smallest / scale, 1.0 - 1e-12)
+    return max(0, int(torch.ceil(torch.tensor(tolerance).double().log() / torch.tensor(-ratio).double().log1p())) - 1)
+
+
+def scale_advice(apply: Apply, like: Float[Tensor, "d k"]) -> str:
+    """What to change, from the measured extreme eigenvalues."""
+    low, high = spectral_bounds(apply, like.shape[0], dtype=like.dtype, device=like.device)
+    return advice_for(low, high)
+
+
+def advice_for(low: float, high: float) -> str:
+    """What to change, for eigenvalues between these."""
+    # A bound a little below zero is the margin of the estimate, and says nothing.
+    if low < -0.05 * abs(high):
+        return (
+            f"the smallest eigenvalue of curvature + damping may be {low:.3g}, and no scale works below 0: "
+            f"use a damping larger by {-low:.3g}, or a Fisher or GGN curvature"
+        )
+    return f"the largest eigenvalue of curvature + damping is {high:.4g}: use a scale of at least that"
+
+
+def largest_eigenvalue(
+    apply: Apply,
+    d: int,
+    seed: int = 0,
+    steps: int = 30,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> float:
+    """An upper bound of the largest eigenvalue, tight to the last Lanczos residual: a scale that is safe."""
+    return spectral_bounds(apply, d, seed, steps, dtype, device)[1]

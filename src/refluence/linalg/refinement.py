@@ -1,0 +1,89 @@
+"""Solves in float32 corrected by residuals measured in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from refluence.linalg.columns import IMPROVEMENT, ColumnSolution, OnStep
+from refluence.linalg.maps import Apply
+
+ROUND_RTOL = 1e-5
+"""The most that a round in float32 reduces a residual: beyond it, its own rounding would be at work."""
+
+MARGIN = {torch.float32: 0.5, torch.float64: 0.99}
+"""The share of the tolerance that a round aims at, so that its own residual may be off by the rest."""
+
+
+def refined_solve(
+    method: Callable[..., ColumnSolution],
+    apply: Apply,
+    right: Float64[Tensor, "d k"],
+    rtol: float,
+    atol: float,
+    maxiter: int,
+    precondition: Apply | None = None,
+    on_step: OnStep | None = None,
+) -> ColumnSolution:
+    """A⁻¹B by rounds of `method` on the residual of what was found, in float32, with residuals in float64.
+
+    A round that does not halve every residual is followed by rounds in float64, and one of those by the end: its
+    columns are given back as they are, with `converged` False.
+
+    Args:
+        method: `conjugate_gradient` or `block_conjugate_gradient`.
+        apply: V ↦ A V, in the dtype of V.
+        right: B.
+        rtol: as in `method`.
+        atol: as in `method`.
+        maxiter: the most steps of all rounds together.
+        precondition: as in `method`, in the dtype of its argument.
+        on_step: as in `method`, counting steps over the rounds.
+
+    Source: Wilkinson's iterative refinement; Higham, Accuracy and Stability of Numerical Algorithms (2002), chapter 12.
+    """
+    lengths = torch.linalg.vector_norm(right, dim=0)
+    used = lengths > 0
+    unit = torch.where(used, lengths, 1.0)
+    target = (atol / unit).clamp_min(rtol)
+    size = used.double()
+    value, residual = torch.zeros_like(right), right / unit
+    iterations = torch.zeros(lengths.shape, dtype=torch.int64, device=right.device)
+    left = (size > target).nonzero()[:, 0]
+    dtype, steps = torch.float32, 0
+    while left.numel() and steps < maxiter:
+        # In units of what is wanted of each column, one absolute tolerance serves all.
+        scale = torch.maximum(target[left], torch.finfo(torch.float64).eps * size[left])
+
+        def report(step: int, largest: float, before: int = steps, start: float = float(size[left].max())) -> None:
+            if on_step is not None:
+                on_step(before + step, largest * start)
+
+        found = method(
+            apply,
+            (residual[:, left] / scale).to(dtype),
+            ROUND_RTOL if dtype == torch.float32 else 0.0,
+            MARGIN[dtype],
+            maxiter - steps,
+            precondition,
+            report,
+        )
+        moved = value[:, left] + found.value.double() * scale
+        remaining = right[:, left] / unit[left] - apply(moved)
+        sizes = torch.linalg.vector_norm(remaining, dim=0)
+        better = sizes < size[left]
+        halved = sizes <= IMPROVEMENT * size[left]
+        columns = left[better]
+        value[:, columns], residual[:, columns], size[columns] = moved[:, better], remaining[:, better], sizes[better]
+        iterations[left] += found.iterations
+        steps += max(1, int(found.iterations.max()))
+        unmet = size[left] > target[left]
+        if dtype == torch.float64:
+            unmet &= halved
+        elif bool((unmet & ~halved).any()):
+            dtype = torch.float64
+        left = left[unmet]
+    return ColumnSolution(value * unit, size, iterations, size <= target)
