@@ -58,7 +58,11 @@ class Settings:
         if not isinstance(self.task, Task):
             raise RefluenceError(f"`task` must be an rf.Task, not {type(self.task).__name__}")
         if self.curvature not in CURVATURES:
-            raise RefluenceError(f"curvature must be one of {CURVATURES}, not {self.curvature!r}")
+            raise RefluenceError(
+                "curvature must be "
+                + ", ".join(f'"{name}"' for name in CURVATURES[:-1])
+                + f' or "{CURVATURES[-1]}", not {self.curvature!r}'
+            )
         if not isinstance(self.samples, int) or isinstance(self.samples, bool) or self.samples < 1:
             raise RefluenceError(f"samples must be an integer of at least 1, not {self.samples!r}")
 
@@ -100,7 +104,7 @@ class Prepared:
 
 def prepare(settings: Settings, train: Data, n_test: int) -> Prepared:
     """Probe the gradients and plan the work."""
-    model = _model(settings)
+    model = working_model(settings)
     reference = next(model.parameters())
     probe = Batches(train, settings.batch_size or PROBE_ROWS, reference.device, settings.dtype, "train")
     capture = Capture(settings.task, model, settings.groups, probe)
@@ -196,7 +200,7 @@ def _features(settings: Settings, capture: Capture, sample: Batches, n: int, bud
     return q, per_row
 
 
-def _model(settings: Settings) -> nn.Module:
+def working_model(settings: Settings) -> nn.Module:
     """The task's model, or a copy of it where device or dtype ask for another."""
     model = settings.task.model
     parameters = list(model.parameters())

@@ -469,7 +469,7 @@ class Influence:
             "blocks": {group: list(names) for group, names in self.groups.items()},
             "damping": self.damping,
             "damping_choice": choice_record(self._damping_choice),
-            "effective_dimension": self.effective_dimension,
+            "effective_dimension": fit.state.known_dimension(self.shifts),
             "n_train": self.n_train,
             "n_parameters": self.n_parameters,
             "dtype": str(fit.rows.dtype).removeprefix("torch."),

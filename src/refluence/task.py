@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -281,6 +282,4 @@ def _name(thing: Any) -> str:
 
 def hash_text(text: str) -> str:
     """A short, stable hash of a text."""
-    import hashlib
-
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +14,9 @@ from refluence._version import __version__
 from refluence.cli import options as o
 from refluence.cli.data import app as data_app
 from refluence.cli.root import Command, Root, examples
+
+if TYPE_CHECKING:
+    from refluence.cli.solver import SolverChoice
 
 app = typer.Typer(
     cls=Root,
@@ -53,7 +57,10 @@ def main(
         ("refluence attribute --dataset digits --model mlp --out results", "twelve test rows, exact"),
         ("refluence attribute --dataset mnist --out results --test-rows errors", "every misclassified row"),
         ("refluence attribute --task package.module:function --out results", "your model and data"),
+        ("refluence attribute --dataset mnist --out results --curvature ggn --solver cg", "Gauss-Newton"),
         ("refluence attribute --dataset mnist --out results --solver sketched --sketch-size 4096", "by a sketch"),
+        ("refluence attribute --dataset mnist --out results --save-fit mnist-fit", "keep the fit"),
+        ("refluence attribute --dataset mnist --out more --fit mnist-fit --test-rows 12:24", "and use it again"),
         ("refluence attribute --dataset digits --out results --damping dim:90", "λ by effective dimension"),
     ),
 )
@@ -69,16 +76,30 @@ def attribute(
     n_train: o.TrainSize = None,
     n_test: o.TestSize = None,
     retrain: o.Retrain = False,
+    curvature: o.Curvature = o.CurvatureName.FISHER,
+    samples: o.Samples = None,
     solver: o.Solver = o.SolverName.AUTO,
     sketch: o.Sketch = None,
     sketch_size: o.SketchSize = None,
+    rank: o.Rank = None,
+    rtol: o.Rtol = None,
+    maxiter: o.Maxiter = None,
+    preconditioner: o.Preconditioner = None,
+    depth: o.Depth = None,
+    scale: o.Scale = None,
+    repeats: o.Repeats = None,
+    step_rows: o.StepRows = None,
+    tolerance: o.Tolerance = None,
+    sharing: o.Sharing = None,
     damping: o.Damping = "auto",
     device: o.Device = None,
     dtype: o.Dtype = None,
     batch_size: o.BatchSize = None,
     memory: o.Memory = None,
     seed: o.Seed = 0,
+    fit: o.SavedFit = None,
     out: o.Out,
+    save_fit: o.SaveFit = None,
     top: o.Top = 8,
     no_report: o.NoReport = False,
     quiet: o.Quiet = False,
@@ -86,24 +107,33 @@ def attribute(
 ) -> None:
     """Find the train rows that helped and hurt each prediction; writes scores, tables and a report."""
     from refluence.cli import explanation, rows
-    from refluence.cli.method import Method
+    from refluence.cli.method import Method, parse_damping
     from refluence.cli.output_folder import OutputFolder
     from refluence.cli.problem import Source
     from refluence.cli.summary import print_explanation, print_files
+    from refluence.persistence import check_folder
 
     folder = OutputFolder(out)
     folder.check()
     source = Source(dataset, model, task, seed, label_noise, l2, n_train, n_test, retrain)
-    method = Method(solver, sketch, sketch_size, damping, device, dtype, batch_size, memory, seed, not quiet)
+    method = Method(curvature, samples, _solver(ctx), damping, device, dtype, batch_size, memory, seed, not quiet)
     source.check()
     method.check()
+    if fit is not None:
+        _refuse_beside_a_fit(ctx)
+    if save_fit is not None:
+        check_folder(save_fit)
     problem = source.load(progress=not quiet)
     chosen = rows.parse_rows(
         test_rows, rows.count_rows(problem.test), lambda: rows.misclassified(problem.task, problem.test)
     )
     folder.begin("attribute")
     with folder.marked():
-        done = explanation.explain(problem, method, chosen)
+        if fit is None:
+            done = explanation.explain(problem, method, chosen, save_fit)
+        else:
+            other = parse_damping(damping) if _by_hand(ctx, "damping") else None
+            done = explanation.explain_again(problem, fit, chosen, other)
         explanation.write(done, folder, command="attribute", options=given(ctx), top=top, report=not no_report)
     if not quiet:
         console = Console()
@@ -120,6 +150,8 @@ def attribute(
     ),
 )
 def plan(
+    ctx: typer.Context,
+    *,
     dataset: o.Dataset = None,
     model: o.Model = "mlp",
     task: o.TaskFunction = None,
@@ -127,9 +159,21 @@ def plan(
     l2: o.L2 = 0.0,
     n_train: o.TrainSize = None,
     n_test: o.TestSize = None,
+    curvature: o.Curvature = o.CurvatureName.FISHER,
+    samples: o.Samples = None,
     solver: o.Solver = o.SolverName.AUTO,
     sketch: o.Sketch = None,
     sketch_size: o.SketchSize = None,
+    rank: o.Rank = None,
+    rtol: o.Rtol = None,
+    maxiter: o.Maxiter = None,
+    preconditioner: o.Preconditioner = None,
+    depth: o.Depth = None,
+    scale: o.Scale = None,
+    repeats: o.Repeats = None,
+    step_rows: o.StepRows = None,
+    tolerance: o.Tolerance = None,
+    sharing: o.Sharing = None,
     damping: o.Damping = "auto",
     device: o.Device = None,
     dtype: o.Dtype = None,
@@ -144,7 +188,7 @@ def plan(
     from refluence.cli.problem import Source
 
     source = Source(dataset, model, task, seed, l2=l2, n_train=n_train, n_test=n_test)
-    method = Method(solver, sketch, sketch_size, damping, device, dtype, batch_size, memory, seed)
+    method = Method(curvature, samples, _solver(ctx), damping, device, dtype, batch_size, memory, seed)
     source.check()
     method.check()
     problem = source.load_untrained()
@@ -189,3 +233,25 @@ def doctor(debug: o.Debug = False) -> None:
 def given(ctx: typer.Context) -> dict[str, Any]:
     """The options of a command as they go into the manifest."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in ctx.params.items()}
+
+
+def _solver(ctx: typer.Context) -> SolverChoice:
+    """The solver and its settings, which have the same names as the parameters of the command."""
+    from refluence.cli.solver import SolverChoice
+
+    return SolverChoice(**{field.name: ctx.params[field.name] for field in fields(SolverChoice)})
+
+
+def _by_hand(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _refuse_beside_a_fit(ctx: typer.Context) -> None:
+    """An error for an option that a saved fit has decided; the damping may be another."""
+    from refluence.cli.solver import TAKEN_BY, flag
+
+    decided = ("curvature", "samples", "solver", *TAKEN_BY, "device", "dtype", "batch_size", "memory", "save_fit")
+    for name in decided:
+        if _by_hand(ctx, name):
+            raise typer.BadParameter("is decided by the fit of --fit: leave it out", param_hint=flag(name))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ import pandas as pd
 import torch
 
 import refluence as rf
+from refluence.batches import Batches
 from refluence.cli.method import Method
 from refluence.cli.output_folder import OutputFolder
 from refluence.cli.problem import Problem
 from refluence.cli.rows import select_rows
+from refluence.errors import DataError
 
 _PACKAGES = ("refluence", "torch", "numpy", "scipy", "pandas", "zarr", "safetensors", "scikit-learn")
 SUSPICIOUS = 50
@@ -45,12 +48,37 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.perf_counter() - begin, 3)
 
 
-def explain(problem: Problem, method: Method, rows: list[int]) -> Explanation:
-    """Fit the influence to the train rows and score the given test rows; ids are rows of the whole test set."""
+def explain(problem: Problem, method: Method, rows: list[int], save_fit: Path | None = None) -> Explanation:
+    """Fit the influence to the train rows, keep the fit where asked, and score the given test rows."""
     seconds: dict[str, float] = {}
     influence = method.influence(problem.task)
     with timed(seconds, "fit"):
         influence.fit(problem.train)
+    if save_fit is not None:
+        with timed(seconds, "save fit"):
+            influence.save(save_fit)
+    return _scored(problem, influence, rows, seconds)
+
+
+def explain_again(problem: Problem, fit: Path, rows: list[int], damping: Any = None) -> Explanation:
+    """Score the given test rows with a fit that was kept, at another damping where one is given.
+
+    Raises:
+        DataError: a fit on other train rows.
+    """
+    seconds: dict[str, float] = {}
+    with timed(seconds, "load"):
+        influence = rf.Influence.load(fit, problem.task)
+    train = Batches(problem.train, dtype=influence.settings.dtype, name="train")
+    if train.checksum != influence.manifest()["train_fingerprint"]:
+        raise DataError(f"the fit in {fit} was made on other train rows than those of {problem.title}")
+    if damping is not None:
+        influence = influence.at(damping)
+    return _scored(problem, influence, rows, seconds)
+
+
+def _scored(problem: Problem, influence: rf.Influence, rows: list[int], seconds: dict[str, float]) -> Explanation:
+    """The scores; their ids are rows of the whole test set."""
     with timed(seconds, "score"):
         scores = influence.score(select_rows(problem.test, rows))
     return Explanation(problem, rows, influence, dataclasses.replace(scores, test_ids=np.asarray(rows)), seconds)
@@ -97,6 +125,7 @@ def write(
             "test_rows": explanation.rows,
             "influence": explanation.influence.manifest(),
             "plan": explanation.influence.plan.summary().splitlines(),
+            "diagnostics": explanation.influence.diagnostics,
             **(extra or {}),
             "timings_seconds": seconds,
         }

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import typer
 
 import refluence as rf
-from refluence.cli.options import DtypeName, SketchName, SolverName
+from refluence.cli.options import CurvatureName, DtypeName
+from refluence.cli.solver import SolverChoice
 from refluence.errors import RefluenceError
 
-DEFAULT_SKETCH_SIZE = 4096
+DEFAULT_SAMPLES = 2
 
 
 @dataclass(frozen=True)
 class Method:
     """How influence is computed, as given on the command line."""
 
-    solver: SolverName = SolverName.AUTO
-    sketch: SketchName | None = None
-    sketch_size: int | None = None
+    curvature: CurvatureName = CurvatureName.FISHER
+    samples: int | None = None
+    solver: SolverChoice = field(default_factory=SolverChoice)
     damping: str = "auto"
     device: str | None = None
     dtype: DtypeName | None = None
@@ -32,7 +33,11 @@ class Method:
 
     def check(self) -> None:
         """Raise typer.BadParameter, or a RefluenceError, for options that cannot be read or do not go together."""
-        self._solver()
+        self.solver.build(self.seed)
+        if self.samples is not None and self.curvature is not CurvatureName.MC_FISHER:
+            raise typer.BadParameter(
+                f"is for --curvature mc_fisher, not for {self.curvature.value}", param_hint="--samples"
+            )
         parse_damping(self.damping)
         self._device()
 
@@ -45,7 +50,8 @@ class Method:
         """
         return rf.Influence(
             task,
-            solver=self._solver(),
+            curvature=self.curvature.value,
+            solver=self.solver.build(self.seed),
             damping=parse_damping(self.damping),
             device=self._device(),
             dtype=None if self.dtype is None else getattr(torch, self.dtype.value),
@@ -53,31 +59,8 @@ class Method:
             progress=self.progress,
             seed=self.seed,
             execution=None if self.memory is None else rf.Execution(memory=self.memory),
+            samples=self.samples or DEFAULT_SAMPLES,
         )
-
-    def _solver(self) -> Any:
-        wants_sketch = self.sketch is not None or self.sketch_size is not None
-        if self.solver is SolverName.SKETCHED or (self.solver is SolverName.AUTO and wants_sketch):
-            kinds = {
-                SketchName.SJLT: rf.sketches.SJLT,
-                SketchName.GAUSSIAN: rf.sketches.Gaussian,
-                SketchName.RADEMACHER: rf.sketches.Rademacher,
-            }
-            kind = kinds[self.sketch or SketchName.SJLT]
-            return rf.solvers.Sketched(kind(self.sketch_size or DEFAULT_SKETCH_SIZE, seed=self.seed))
-        if wants_sketch:
-            raise typer.BadParameter(
-                f"--sketch and --sketch-size are for the sketched solver, not for {self.solver.value}",
-                param_hint="--sketch",
-            )
-        if self.solver is SolverName.AUTO:
-            return "auto"
-        exact = {
-            SolverName.GRAM: rf.solvers.Gram,
-            SolverName.DENSE: rf.solvers.Dense,
-            SolverName.IDENTITY: rf.solvers.Identity,
-        }
-        return exact[self.solver]()
 
     def _device(self) -> torch.device | None:
         if self.device is None:

@@ -12,7 +12,18 @@ from refluence.cli.root import remember_debug
 
 _WHAT = "What to explain"
 _HOW = "How to compute it"
+_SET = "Settings of a solver"
 _SHOW = "What comes out"
+
+
+class CurvatureName(StrEnum):
+    """The matrices C."""
+
+    FISHER = "fisher"
+    GGN = "ggn"
+    HESSIAN = "hessian"
+    TRUE_FISHER = "true_fisher"
+    MC_FISHER = "mc_fisher"
 
 
 class SolverName(StrEnum):
@@ -21,8 +32,31 @@ class SolverName(StrEnum):
     AUTO = "auto"
     GRAM = "gram"
     DENSE = "dense"
+    CG = "cg"
+    LISSA = "lissa"
+    ARNOLDI = "arnoldi"
+    NYSTROEM = "nystroem"
+    HARMONIC_MEAN = "harmonic-mean"
+    KFAC = "kfac"
+    EKFAC = "ekfac"
     SKETCHED = "sketched"
     IDENTITY = "identity"
+
+
+class PreconditionerName(StrEnum):
+    """The preconditioners of conjugate gradients."""
+
+    JACOBI = "jacobi"
+    NYSTROEM = "nystroem"
+    KFAC = "kfac"
+    EKFAC = "ekfac"
+
+
+class SharingName(StrEnum):
+    """What K-FAC makes of a weight that an example uses several times."""
+
+    EXPAND = "expand"
+    REDUCE = "reduce"
 
 
 class SketchName(StrEnum):
@@ -87,14 +121,89 @@ Retrain = Annotated[
     bool, typer.Option("--retrain", help="Train a built-in model again even if it is cached.", rich_help_panel=_WHAT)
 ]
 
-Solver = Annotated[SolverName, typer.Option("--solver", help="How (C + λI)⁻¹ is applied.", rich_help_panel=_HOW)]
+Curvature = Annotated[
+    CurvatureName,
+    typer.Option(
+        "--curvature",
+        help="C: the empirical Fisher, the Gauss-Newton matrix, the Hessian, or the Fisher over the model's own "
+        "labels, exact or sampled.",
+        rich_help_panel=_HOW,
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        "--samples", metavar="N", help="Labels drawn an example for mc_fisher; default 2.", min=1, rich_help_panel=_HOW
+    ),
+]
+Solver = Annotated[
+    SolverName,
+    typer.Option(
+        "--solver",
+        metavar="SOLVER",
+        help=f"How (C + λI)⁻¹ is applied: {', '.join(SolverName)}.",
+        rich_help_panel=_HOW,
+    ),
+]
 Sketch = Annotated[
     SketchName | None,
-    typer.Option("--sketch", help="Random projection of the sketched solver; default sjlt.", rich_help_panel=_HOW),
+    typer.Option("--sketch", help="Random projection of the sketched solver; default sjlt.", rich_help_panel=_SET),
 ]
 SketchSize = Annotated[
     int | None,
-    typer.Option("--sketch-size", metavar="M", help="Its size; default 4096.", min=1, rich_help_panel=_HOW),
+    typer.Option("--sketch-size", metavar="M", help="Its size; default 4096.", min=1, rich_help_panel=_SET),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        "--rank",
+        metavar="R",
+        help="Of arnoldi, nystroem, and of cg's nystroem preconditioner.",
+        min=1,
+        rich_help_panel=_SET,
+    ),
+]
+Rtol = Annotated[
+    float | None,
+    typer.Option("--rtol", help="Relative residual at which cg is done; default 1e-6.", rich_help_panel=_SET),
+]
+Maxiter = Annotated[
+    int | None, typer.Option("--maxiter", metavar="N", help="Most steps of cg; default 1000.", rich_help_panel=_SET)
+]
+Preconditioner = Annotated[
+    PreconditionerName | None, typer.Option("--preconditioner", help="Of cg; default none.", rich_help_panel=_SET)
+]
+Depth = Annotated[
+    int | None,
+    typer.Option("--depth", metavar="N", help="Steps of lissa; default from the spectrum.", rich_help_panel=_SET),
+]
+Scale = Annotated[
+    float | None,
+    typer.Option("--scale", help="Scale of lissa; default from the largest eigenvalue.", rich_help_panel=_SET),
+]
+Repeats = Annotated[
+    int | None,
+    typer.Option("--repeats", metavar="N", help="Recursions of lissa that are averaged.", rich_help_panel=_SET),
+]
+StepRows = Annotated[
+    int | None,
+    typer.Option("--step-rows", metavar="N", help="Random rows of a step of lissa; default all.", rich_help_panel=_SET),
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        "--tolerance",
+        help="Of lissa's truncation (default 1e-2) or arnoldi's eigenpairs (1e-3).",
+        rich_help_panel=_SET,
+    ),
+]
+Sharing = Annotated[
+    SharingName | None,
+    typer.Option(
+        "--sharing",
+        help="Of kfac and ekfac, for weights used at several positions; default expand.",
+        rich_help_panel=_SET,
+    ),
 ]
 Damping = Annotated[
     str,
@@ -120,9 +229,26 @@ Memory = Annotated[
     typer.Option("--memory", metavar="SIZE", help="Memory that may be used, such as 8GB.", rich_help_panel=_HOW),
 ]
 Seed = Annotated[
-    int, typer.Option("--seed", help="Of training, label noise and sketches.", min=0, rich_help_panel=_HOW)
+    int,
+    typer.Option("--seed", help="Of training, label noise, sketches and sampled labels.", min=0, rich_help_panel=_HOW),
 ]
 
+SaveFit = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-fit", metavar="FOLDER", help="Keep the fit there, for --fit.", file_okay=False, rich_help_panel=_SHOW
+    ),
+]
+SavedFit = Annotated[
+    Path | None,
+    typer.Option(
+        "--fit",
+        metavar="FOLDER",
+        help="Score with a fit that --save-fit kept, instead of fitting.",
+        file_okay=False,
+        rich_help_panel=_HOW,
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.", file_okay=False, rich_help_panel=_SHOW)]
 Top = Annotated[int, typer.Option("--top", help="Train rows listed for each test row.", min=1, rich_help_panel=_SHOW)]
 NoReport = Annotated[bool, typer.Option("--no-report", help="Leave report.html out.", rich_help_panel=_SHOW)]

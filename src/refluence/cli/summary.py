@@ -12,6 +12,7 @@ from rich.table import Table
 
 from refluence.cli.explanation import Explanation
 from refluence.cli.output_folder import OutputFolder
+from refluence.report.diagnostics import findings
 
 MAX_ROWS = 12
 
@@ -45,7 +46,9 @@ def _facts(explanation: Explanation) -> Table:
         lines["test accuracy"] = f"{problem.benchmark.accuracy:.1%}"
     lines |= {
         "attributed": influence.coverage.summary,
+        "curvature": influence.curvature,
         "solver": str(influence.plan.solver),
+        **{found.name.lower(): found.sentence for found in findings(influence.diagnostics)},
         "damping λ": _damping(influence.damping),
         "effective dimension": _number(influence.effective_dimension),
         "gradient norm": _number(influence.gradient_norm),

@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from refluence.errors import PlanError
 from refluence.gradients.rows import GradientRows
 from refluence.linalg import Apply
 from refluence.theory import SpectralMeasure
@@ -64,6 +65,14 @@ class Curvature(ABC):
     def matvec(self, vectors: Vectors) -> Vectors:
         """Block → C_b V_b, for the blocks given and in the dtype of the vectors, in one pass over the data."""
 
+    def sampled(self, rows: Int64[Tensor, " b"], vectors: Vectors) -> Vectors:
+        """Block → (1/b) Σ_{i ∈ rows} w_i C_i V over some training examples; its mean over random rows is C V.
+
+        Raises:
+            PlanError: a curvature that is not known by its examples, or gradients that are not kept in memory.
+        """
+        raise PlanError(f'curvature "{self.name}" cannot be had for a batch of examples: use batch_size=None')
+
     def operator(self, block: str) -> Apply:
         """v ↦ C_b v."""
         return partial(self._product, block)
@@ -100,6 +109,11 @@ class Curvature(ABC):
     def diagonal(self) -> dict[str, Float[Tensor, " d"]]:
         """Block → the diagonal of C_b, in float64."""
         return {block: self._dense(block).diagonal() for block in self.groups}
+
+    @property
+    def spectra_known(self) -> bool:
+        """Whether the spectra have been made."""
+        return self._spectra is not None
 
     def spectra(self) -> dict[str, SpectralMeasure]:
         """Block → the spectrum: exact where d or the number of rows is small, else by stochastic Lanczos quadrature."""

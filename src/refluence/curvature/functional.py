@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from refluence.batches import rows_of
@@ -39,20 +39,34 @@ class FunctionalCurvature(Curvature):
 
     def matvec(self, vectors: Vectors) -> Vectors:
         """Block → C_b V_b, in one pass over the data."""
-        capture = self.rows.capture
         totals: dict[str, Tensor] = {}
         given = {block: self._named(block, v) for block, v in vectors.items()}
-        for start, batch in capture.running(self.rows.batches):
-            b = rows_of(batch)
-            weights = torch.ones(b, dtype=torch.float64) if self.weights is None else self.weights[start : start + b]
-            for block, named in given.items():
-                names = capture.groups[block]
-                with capture.ready():
-                    found = self._products(names, batch, weights.to(self.device), named)
-                flat = torch.cat([found[name].flatten(1) for name in names], dim=1)
+        for start, batch in self.rows.capture.running(self.rows.batches):
+            rows = torch.arange(start, start + rows_of(batch))
+            for block, flat in self._of_batch(batch, rows, given).items():
                 flat = flat.to(vectors[block].dtype)
                 totals[block] = totals[block].add_(flat) if block in totals else flat
         return {block: (total / self.n).T for block, total in totals.items()}
+
+    def sampled(self, rows: Int64[Tensor, " b"], vectors: Vectors) -> Vectors:
+        """Block → (1/b) Σ_{i ∈ rows} w_i C_i V."""
+        given = {block: self._named(block, v) for block, v in vectors.items()}
+        batch = self.rows.batches.select(rows.tolist())
+        found = self._of_batch(batch, rows, given)
+        return {block: (flat.to(vectors[block].dtype) / len(rows)).T for block, flat in found.items()}
+
+    def _of_batch(
+        self, batch: Any, rows: Int64[Tensor, " b"], given: dict[str, dict[str, Tensor]]
+    ) -> dict[str, Float[Tensor, "k d"]]:
+        capture = self.rows.capture
+        weights = torch.ones(len(rows), dtype=torch.float64) if self.weights is None else self.weights[rows.cpu()]
+        flat = {}
+        for block, named in given.items():
+            names = capture.groups[block]
+            with capture.ready():
+                found = self._products(names, batch, weights.to(self.device), named)
+            flat[block] = torch.cat([found[name].flatten(1) for name in names], dim=1)
+        return flat
 
     def _named(self, block: str, vectors: Float[Tensor, "d k"]) -> dict[str, Tensor]:
         capture = self.rows.capture

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from refluence.curvature.base import Curvature, Vectors
+from refluence.errors import PlanError
 from refluence.gradients.blocks import CHUNK_ELEMENTS
 from refluence.gradients.rows import GradientRows
+from refluence.gradients.selection import select_rows
 
 
 class OuterCurvature(Curvature):
@@ -61,6 +63,31 @@ class OuterCurvature(Curvature):
                     products = products * weights[:, None].to(products)
                 out[block] += blocks[block].rmatvec(products)
         return {block: total.div_(self.n) for block, total in out.items()}
+
+    def sampled(self, rows: Int64[Tensor, " b"], vectors: Vectors) -> Vectors:
+        """Block → (1/b) Σ_{i ∈ rows} w_i C_i V."""
+        if not self.features.kept:
+            for _ in self.features:
+                pass
+        if not self.features.kept:
+            raise PlanError(
+                "the gradients do not fit the memory, so batches of them cannot be drawn: use batch_size=None"
+            )
+        out = {block: torch.zeros_like(v) for block, v in vectors.items()}
+        for start, blocks in self.features:
+            count = next(iter(blocks.values())).n // self.q
+            chosen = rows[(rows >= start) & (rows < start + count)] - start
+            if not chosen.numel():
+                continue
+            weights = None if self.weights is None else self.weights[chosen.cpu() + start].repeat(self.q)
+            among = torch.cat([c * count + chosen for c in range(self.q)])
+            for block, v in vectors.items():
+                part = select_rows(blocks[block], among)
+                sums = part.matvec(v)
+                if weights is not None:
+                    sums = sums * weights[:, None].to(sums)
+                out[block] += part.rmatvec(sums)
+        return {block: total.div_(rows.numel()) for block, total in out.items()}
 
     def _dense(self, block: str) -> Float[Tensor, "d d"]:
         d = self.dimensions[block]

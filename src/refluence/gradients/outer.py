@@ -237,11 +237,12 @@ def matrix_products(
         if q == 1 and width > length:
             out[0, :, some] = (torch.matmul(rows[0], matrices) * columns).sum(dim=2).T
             continue
-        fed = torch.matmul(columns, matrices.mT)  # (k, b, R)
+        # One product of two matrices for all k; a batched one would copy the columns for each.
+        fed = (columns @ matrices.reshape(-1, length).T).unflatten(1, (-1, width))
         if q == 1:
-            out[0, :, some] = (fed * rows[0]).sum(dim=2).T
+            out[0, :, some] = (fed * rows[0][:, None]).sum(dim=2)
         else:
-            out[:, :, some] = torch.bmm(rows.transpose(0, 1), fed.permute(1, 2, 0)).transpose(0, 1)
+            out[:, :, some] = torch.bmm(rows.transpose(0, 1), fed.mT).transpose(0, 1)
     return out + rows @ vectors[weight:] if bias else out
 
 

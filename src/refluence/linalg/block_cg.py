@@ -35,6 +35,7 @@ def block_conjugate_gradient(
     maxiter: int,
     precondition: Apply | None = None,
     on_step: OnStep | None = None,
+    measured: bool = True,
 ) -> ColumnSolution:
     """A⁻¹B as `conjugate_gradient`, minimising each column's error over the directions of all of them.
 
@@ -45,7 +46,7 @@ def block_conjugate_gradient(
 
     Source: Ji & Li, A breakdown-free block conjugate gradient method, BIT 57 (2017), algorithm 2.
     """
-    system = System(right, rtol, atol)
+    system = System(right, rtol, atol, measured)
     iterate(apply, system, BlockRecurrence(system.value, precondition), maxiter, on_step)
     return system.solution()
 

@@ -46,7 +46,7 @@ class Recurrence(ABC):
     directions: Float[Tensor, "j d"]
     residual: Float[Tensor, "a d"]
     lingering: float = 1.0
-    """A column that has converged stays, while others have not, until its residual is below this share of its target."""
+    """A column that has converged stays, while others have not, until it is below this share of its target."""
 
     @abstractmethod
     def step(self, products: Float[Tensor, "j d"], value: Float[Tensor, "k d"]) -> Bool[Tensor, " a"]:
@@ -60,10 +60,10 @@ class Recurrence(ABC):
 class System:
     """The right-hand sides, what has been found for each, and how well."""
 
-    def __init__(self, right: Float[Tensor, "d k"], rtol: float, atol: float) -> None:
+    def __init__(self, right: Float[Tensor, "d k"], rtol: float, atol: float, measured: bool = True) -> None:
         if not (0 <= rtol < 1) or atol < 0:
             raise SolverError(f"rtol={rtol} must lie in [0, 1) and atol={atol} must not be negative")
-        self.right = right.T
+        self.right, self.measured = right.T, measured
         k, device = self.right.shape[0], right.device
         # In two steps, so that no square overflows or vanishes.
         self.peak = self.right.abs().amax(dim=1) if right.numel() else torch.zeros(k, dtype=right.dtype, device=device)
@@ -124,6 +124,8 @@ def iterate(apply: Apply, system: System, recurrence: Recurrence, maxiter: int, 
     steps = 0
     while recurrence.columns.numel() + claimed.numel() > 0:
         last = steps >= maxiter
+        if last and not system.measured:
+            return
         directions = recurrence.directions[:0] if last else recurrence.directions
         if last:
             claimed = torch.cat([claimed, recurrence.columns])
@@ -144,7 +146,10 @@ def iterate(apply: Apply, system: System, recurrence: Recurrence, maxiter: int, 
         sizes = norms(recurrence.residual)
         met = stuck | (sizes <= system.target[columns])
         leaving = met if bool(met.all()) else stuck | (sizes <= recurrence.lingering * system.target[columns])
-        claimed = columns[leaving]
+        if system.measured:
+            claimed = columns[leaving]
+        else:
+            system.residual[columns], system.converged[columns] = sizes, met & ~stuck
         steps += bool(columns.numel())
         if on_step is not None and columns.numel():
             on_step(steps, float(sizes.max()))

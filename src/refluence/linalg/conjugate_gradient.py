@@ -31,6 +31,7 @@ def conjugate_gradient(
     maxiter: int,
     precondition: Apply | None = None,
     on_step: OnStep | None = None,
+    measured: bool = True,
 ) -> ColumnSolution:
     """A⁻¹B for a positive definite A, each column with its own step sizes, until ‖b − Ax‖ ≤ max(rtol‖b‖, atol).
 
@@ -46,13 +47,14 @@ def conjugate_gradient(
         maxiter: the most steps.
         precondition: a fixed symmetric positive definite map near A⁻¹.
         on_step: called with the step's number and the largest relative residual.
+        measured: False believes the recursive residual, for a caller that measures the true one.
 
     Raises:
         SolverError: negative curvature, a product that is not finite, or a preconditioner that is not positive.
 
     Source: Hestenes & Stiefel (1952); Saad, Iterative Methods for Sparse Linear Systems (2003), algorithm 9.1.
     """
-    system = System(right, rtol, atol)
+    system = System(right, rtol, atol, measured)
     iterate(apply, system, ColumnRecurrence(system.value, precondition), maxiter, on_step)
     return system.solution()
 

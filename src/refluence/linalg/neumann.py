@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from refluence.errors import SolverError
-from refluence.linalg.lanczos import spectral_bounds
+from refluence.linalg.lanczos import ends_steps, spectral_bounds
+from refluence.linalg.lockstep import run
 from refluence.linalg.maps import Apply
 
 ROUNDING = 1e-3
 CHECK_EVERY = 4
+ADVICE_STEPS = 30
 
 
 def neumann_solve(
@@ -23,6 +25,8 @@ def neumann_solve(
     depth: int,
     slack: float = 1.0 + ROUNDING,
     remedy: Callable[[], str] | None = None,
+    track: Callable[[range], Iterable[int]] = iter,
+    label: str | None = None,
 ) -> Float[Tensor, "d k"]:
     """A⁻¹V ≈ (1/scale) Σ_{t ≤ depth} (I − A/scale)ᵗ V, by s ← v + s − (A s)/scale from s = v, all columns at once.
 
@@ -36,6 +40,8 @@ def neumann_solve(
         scale: at least half the largest eigenvalue of A; the largest itself leaves no component oscillating.
         depth: steps, one product with k columns each.
         slack: by how much a sampled A may pass the bound.
+        label: the scale as errors name it, where `apply` is scaled already.
+        track: shows the steps as they are taken.
         remedy: the end of the error's message; by default the scale that would work, measured.
 
     Raises:
@@ -43,14 +49,14 @@ def neumann_solve(
     """
     sums = vectors.clone()
     norms = torch.linalg.vector_norm(vectors, dim=0, dtype=torch.float64)
-    for t in range(1, depth + 1):
+    for t in track(range(1, depth + 1)):
         sums = torch.add(vectors, torch.sub(sums, apply(sums), alpha=1.0 / scale))
         # Reading a number back waits for the device.
         if t % CHECK_EVERY == 0 or t == depth:
             sizes = torch.linalg.vector_norm(sums, dim=0, dtype=torch.float64)
             if not bool((sizes <= slack * (t + 1) * norms).all()):
                 advice = (remedy or (lambda: scale_advice(apply, vectors)))()
-                raise SolverError(f"LiSSA diverges within {t} steps at scale {scale:.4g}: {advice}")
+                raise SolverError(f"LiSSA diverges within {t} steps at scale {label or f'{scale:.4g}'}: {advice}")
     return sums.div_(scale)
 
 
@@ -62,17 +68,17 @@ def neumann_depth(smallest: float, scale: float, tolerance: float) -> int:
 
 def scale_advice(apply: Apply, like: Float[Tensor, "d k"]) -> str:
     """What to change, from the measured extreme eigenvalues."""
-    low, high = spectral_bounds(apply, like.shape[0], dtype=like.dtype, device=like.device)
-    return advice_for(low, high)
+    ends = run(ends_steps(like.shape[0], 0, ADVICE_STEPS, like.dtype, like.device), apply)
+    return advice_for(ends.low, ends.high + ends.margin)
 
 
 def advice_for(low: float, high: float) -> str:
-    """What to change, for eigenvalues between these."""
-    # A bound a little below zero is the margin of the estimate, and says nothing.
-    if low < -0.05 * abs(high):
+    """What to change, where `low` is a Ritz value and `high` an upper bound."""
+    # Rounding leaves a singular map with a Ritz value a little below zero.
+    if low < -1e-6 * abs(high):
         return (
-            f"the smallest eigenvalue of curvature + damping may be {low:.3g}, and no scale works below 0: "
-            f"use a damping larger by {-low:.3g}, or a Fisher or GGN curvature"
+            f"curvature + damping has an eigenvalue of {low:.3g} or less, and no scale works below 0: use a damping "
+            f"larger by more than {-low:.3g}, or a Fisher or GGN curvature"
         )
     return f"the largest eigenvalue of curvature + damping is {high:.4g}: use a scale of at least that"
 

@@ -14,6 +14,12 @@ from refluence.linalg.maps import Apply
 ROUND_RTOL = 1e-5
 """The most that a round in float32 reduces a residual: beyond it, its own rounding would be at work."""
 
+ROUND_GAIN = 0.01
+"""A round in float32 that leaves more than this share of a residual has a matrix too ill-conditioned for float32."""
+
+ROUND_SHARE = 4
+"""A round in float32 takes at most one in so many of all steps, lest it wander in its rounding."""
+
 MARGIN = {torch.float32: 0.5, torch.float64: 0.99}
 """The share of the tolerance that a round aims at, so that its own residual may be off by the rest."""
 
@@ -30,8 +36,8 @@ def refined_solve(
 ) -> ColumnSolution:
     """A⁻¹B by rounds of `method` on the residual of what was found, in float32, with residuals in float64.
 
-    A round that does not halve every residual is followed by rounds in float64, and one of those by the end: its
-    columns are given back as they are, with `converged` False.
+    A round in float32 that gains too little is followed by rounds in float64. A column that one of those does not halve
+    is given back as it is, with `converged` False.
 
     Args:
         method: `conjugate_gradient` or `block_conjugate_gradient`.
@@ -67,23 +73,24 @@ def refined_solve(
             (residual[:, left] / scale).to(dtype),
             ROUND_RTOL if dtype == torch.float32 else 0.0,
             MARGIN[dtype],
-            maxiter - steps,
+            min(maxiter - steps, -(-maxiter // ROUND_SHARE)) if dtype == torch.float32 else maxiter - steps,
             precondition,
             report,
+            measured=False,
         )
         moved = value[:, left] + found.value.double() * scale
         remaining = right[:, left] / unit[left] - apply(moved)
         sizes = torch.linalg.vector_norm(remaining, dim=0)
         better = sizes < size[left]
-        halved = sizes <= IMPROVEMENT * size[left]
+        gained = sizes <= (ROUND_GAIN if dtype == torch.float32 else IMPROVEMENT) * size[left]
         columns = left[better]
         value[:, columns], residual[:, columns], size[columns] = moved[:, better], remaining[:, better], sizes[better]
         iterations[left] += found.iterations
         steps += max(1, int(found.iterations.max()))
         unmet = size[left] > target[left]
         if dtype == torch.float64:
-            unmet &= halved
-        elif bool((unmet & ~halved).any()):
+            unmet &= gained
+        elif bool((unmet & ~gained).any()):
             dtype = torch.float64
         left = left[unmet]
     return ColumnSolution(value * unit, size, iterations, size <= target)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from refluence.gradients.coverage import KINDS
 from refluence.influence import Influence
+from refluence.report.diagnostics import findings
 from refluence.report.formatting import count, number, percent, shorten
 from refluence.scores import Scores
 from refluence.task import Task
@@ -19,6 +20,27 @@ Tone = Literal["plain", "good", "caution"]
 STATIONARY = 1e-2
 NEARLY_STATIONARY = 1e-1
 MAX_COVERAGE_ROWS = 200
+
+CURVATURES = {
+    "fisher": ("empirical Fisher", "mean of the outer products of the training gradients"),
+    "ggn": ("generalised Gauss–Newton", "the loss's curvature in the outputs, carried to the parameters"),
+    "hessian": ("Hessian", "all second derivatives of the training loss"),
+    "true_fisher": ("true Fisher", "mean over the labels that the model itself would give, exactly"),
+    "mc_fisher": ("sampled Fisher", "mean over {samples} drawn from the model's own probabilities for each example"),
+}
+SOLVERS = {
+    "Arnoldi": "the eigenpairs of largest magnitude",
+    "ConjugateGradient": "conjugate gradients",
+    "Dense": "the whole matrix",
+    "Ekfac": "Kronecker factors of each layer, eigenvalues measured (EK-FAC)",
+    "Gram": "inner products of gradients",
+    "HarmonicMean": "mean of the inverses of single gradients (DataInf)",
+    "Identity": "gradient dot products, no curvature",
+    "Kfac": "Kronecker factors of each layer (K-FAC)",
+    "Lissa": "a truncated Neumann series (LiSSA)",
+    "Nystroem": "a random low-rank approximation (Nyström)",
+    "Sketched": "randomly projected gradients",
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +91,9 @@ def facts(influence: Influence, scores: Scores) -> tuple[Fact, ...]:
     return (
         _coverage(influence),
         Fact("Training examples", f"{influence.n_train:,}", "each one can be named as helpful or harmful"),
+        _curvature(influence),
         _exactness(influence, scores),
+        *_diagnostics(influence),
         _damping(influence.damping, influence.task.l2),
         _dimension(influence),
         _convergence(influence.gradient_norm, influence.gradient_rms),
@@ -108,13 +132,31 @@ def _coverage(influence: Influence) -> Fact:
     )
 
 
+def _curvature(influence: Influence) -> Fact:
+    name, reading = CURVATURES[influence.curvature]
+    return Fact("Curvature", name, reading.format(samples=count(influence.settings.samples, "label")))
+
+
 def _exactness(influence: Influence, scores: Scores) -> Fact:
-    solver = shorten(str(influence.plan.solver), 60)
+    name = shorten(influence.plan.solver, 60)
+    kind = type(influence.plan.chosen.solver).__name__
+    how = f"{SOLVERS[kind]}: " if kind in SOLVERS else ""
     if scores.error is not None:
-        return Fact("Solver", solver, "approximate: each score has a 95 % interval")
+        sampled = influence.exact and influence.curvature == "mc_fisher"
+        what = "exact but for the sampled labels" if sampled else "approximate"
+        return Fact("Solver", name, f"{how}{what}, each score has a 95 % interval")
+    if influence.exact and influence.curvature == "mc_fisher":
+        return Fact("Solver", name, f"{how}one sampled label has no error bar; draw two or more", "caution")
     if influence.exact:
-        return Fact("Solver", solver, "exact for this curvature and damping", "good")
-    return Fact("Solver", solver, "no error bars: how far the scores are off is not known", "caution")
+        return Fact("Solver", name, f"{how}exact for this curvature and damping", "good")
+    if "residual" in influence.diagnostics:
+        return Fact("Solver", name, f"{how}exact up to the relative residual")
+    return Fact("Solver", name, f"{how}no error bars, how far the scores are off is not known", "caution")
+
+
+def _diagnostics(influence: Influence) -> Iterator[Fact]:
+    for found in findings(influence.diagnostics):
+        yield Fact(found.name, found.value, found.reading, "caution" if found.caution else "plain")
 
 
 def _damping(damping: float | Mapping[str, float], l2: float) -> Fact:

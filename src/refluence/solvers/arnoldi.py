@@ -46,6 +46,11 @@ class Arnoldi:
         if not self.tolerance > 0:
             raise PlanError(f"the tolerance of Arnoldi must be > 0, not {self.tolerance}")
 
+    @property
+    def singular(self) -> bool:
+        """Whether solutions lie in a subspace, so that it cannot precondition."""
+        return not self.complement
+
     def prepare(self, curvature: Curvature) -> LowRankState:
         """Find the pairs of all blocks together."""
         dtype, device = accumulation_dtype(curvature.dtype), curvature.device

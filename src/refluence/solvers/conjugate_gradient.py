@@ -16,10 +16,11 @@ from refluence.linalg import ColumnSolution, block_conjugate_gradient, conjugate
 from refluence.linalg.refinement import refined_solve
 from refluence.solvers.convergence import ConvergenceBar
 from refluence.solvers.cost import Cost, Workload
+from refluence.solvers.joint import JointSystem
 from refluence.solvers.preconditioners import Preconditioner
 from refluence.solvers.state import CHUNK_BYTES, OperatorState, Shifts, Solution
 
-TILE_BYTES = 2 << 30
+TILE_BYTES = 4 << 30
 """Memory for the right-hand sides that are solved for together."""
 
 ENTRY_BYTES = 64
@@ -76,6 +77,12 @@ class ConjugateGradient:
             raise PlanError(
                 f"{self.preconditioner!r} is no preconditioner: use rf.solvers.preconditioners.Jacobi(), "
                 "Nystroem(rank), or a solver such as rf.solvers.Ekfac()"
+            )
+        if getattr(self.preconditioner, "singular", False):
+            raise PlanError(
+                f"{type(self.preconditioner).__name__} cannot precondition conjugate gradients: as it is set, its map "
+                "is singular, zero on most directions. Use preconditioners.Nystroem(rank), a sketch of the curvature that "
+                "keeps the complement"
             )
         if getattr(self.preconditioner, "iterative", False):
             raise PlanError(
@@ -185,32 +192,3 @@ class ConjugateGradientState(OperatorState):
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-class JointSystem:
-    """The damped curvature of several blocks as one map on their concatenation."""
-
-    def __init__(self, curvature: Curvature, preconditioner: Any, sizes: dict[str, int], shifts: Shifts) -> None:
-        self.curvature, self.preconditioner, self.sizes, self.shifts = curvature, preconditioner, sizes, shifts
-        self.products = 0
-
-    def join(self, vectors: Vectors) -> Float[Tensor, "d k"]:
-        """One matrix, each column contiguous."""
-        return torch.cat([vectors[block].T for block in self.sizes], dim=1).T
-
-    def split(self, joint: Float[Tensor, "d k"]) -> Vectors:
-        """Views of the blocks."""
-        return dict(zip(self.sizes, joint.split(list(self.sizes.values())), strict=True))
-
-    def apply(self, joint: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-        """C_b V_b + μ_b V_b, in one pass over the data."""
-        self.products += 1
-        vectors = self.split(joint)
-        products = self.curvature.matvec(vectors)
-        return self.join(
-            {block: torch.add(products[block], v, alpha=self.shifts[block]) for block, v in vectors.items()}
-        )
-
-    def precondition(self, joint: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-        """The preconditioner's solution, in the dtype given."""
-        return self.join(self.preconditioner.solve(self.split(joint), self.shifts).values).to(joint.dtype)

@@ -83,8 +83,8 @@ class DenseState(OperatorState):
         if isinstance(system, SymmetricMatrix) and (block, shift) not in self._warned:
             self._warned.add((block, shift))
             below = int((system.eigenvalues < -shift).sum())
-            self.diagnostics[f"negative eigenvalues of {block}"] = int((system.eigenvalues < 0).sum())
-            self.diagnostics[f"eigenvalues of {block} below −(l2 + damping)"] = below
+            self.diagnostics.setdefault("negative_eigenvalues", {})[block] = int((system.eigenvalues < 0).sum())
+            self.diagnostics.setdefault("negative_shifted", {})[block] = below
             if below:
                 warnings.warn(
                     f"the damped {self.curvature.name} of block {block!r} has {below} of {system.size} negative "

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -45,6 +46,9 @@ class Sketched:
 
     sketch: Sketch
     corrected: bool = True
+
+    singular: ClassVar[bool] = True
+    """Whether solutions lie in a subspace, so that it cannot precondition."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sketch, Sketch):

@@ -71,6 +71,11 @@ class State(ABC):
             for block, measure in self.spectra().items()
         )
 
+    def known_dimension(self, shifts: Shifts) -> float | None:
+        """The effective dimension where it takes no estimate that nothing else has asked for."""
+        estimated = type(self).effective_dimension is State.effective_dimension
+        return None if estimated and not self.curvature.spectra_known else self.effective_dimension(shifts)
+
     def export(self) -> dict[str, Tensor]:
         """What the solver's `restore` needs beside the curvature."""
         return {}

@@ -1,0 +1,248 @@
+"""Inverses by Kronecker factors of each layer: K-FAC and EK-FAC."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from refluence.curvature import Curvature, OuterCurvature
+from refluence.curvature.kronecker import KINDS, KroneckerBlock, dense_block, kronecker_block, squared_moment
+from refluence.curvature.layer_factors import (
+    Covariances,
+    Layer,
+    covariances,
+    factored_batches,
+    layers_of,
+    sides_of,
+)
+from refluence.errors import PlanError
+from refluence.gradients.blocks import CHUNK_ELEMENTS, GradientBlock, ZeroBlock, accumulation_dtype
+from refluence.progress import track
+from refluence.solvers.cost import Cost, Workload
+from refluence.solvers.kronecker_state import KroneckerState
+
+SHARINGS = ("expand", "reduce")
+EIGENVECTORS_WORK = 27.0
+"""Time of LAPACK's symmetric eigenvectors over that of n³/3 multiply-adds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KroneckerSolver(ABC):
+    """What K-FAC and EK-FAC have in common.
+
+    Args:
+        sharing: how a weight that is used at several positions t of an example is treated, F = Σ_t e_t ⊗ a_t
+            (Eschenhagen et al. 2023). "expand": as if every position were an example of its own, exact for a deep
+            linear network whose loss sums over positions (a language model's). "reduce": F ≈ (Σ_t e_t) ⊗ mean_t a_t,
+            exact for one that averages its positions before the loss (a classifier of pooled patches). The default is
+            "expand": its factors have full rank after few examples, it is K-FAC for convolutions (Grosse & Martens
+            2016), and it alone keeps the covariance of an embedding's tokens diagonal, so embeddings are expanded in
+            both.
+        dense_limit: a layer without a Kronecker form (norms, biases in a block of their own, grouped convolutions) is
+            taken whole up to so many parameters, beyond it by its diagonal. Both are listed in the diagnostics.
+        factor_limit: the most inputs or outputs of a layer whose covariance is formed; a larger layer counts as one
+            without a Kronecker form.
+    """
+
+    sharing: str = "expand"
+    dense_limit: int = 1024
+    factor_limit: int = 8192
+
+    needs_rows: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if self.sharing not in SHARINGS:
+            raise PlanError(f'{name}: sharing must be "expand" or "reduce", not {self.sharing!r}')
+        for limit in ("dense_limit", "factor_limit"):
+            if getattr(self, limit) < 0:
+                raise PlanError(f"{name}: {limit} must not be negative, it is {getattr(self, limit)}")
+
+    @property
+    @abstractmethod
+    def updated(self) -> bool:
+        """Whether the eigenvalues are those of EK-FAC."""
+
+    def prepare(self, curvature: Curvature) -> KroneckerState:
+        """The eigenbasis of every layer from one pass over the rows, and what else needs a second one.
+
+        Raises:
+            PlanError: a curvature that has no rows.
+        """
+        outer = self._with_rows(curvature)
+        layers = layers_of(outer.features.capture)
+        return KroneckerState(outer, layers, _blocks(outer, layers, self), self.updated)
+
+    def restore(self, curvature: Curvature, tensors: dict[str, Tensor]) -> KroneckerState:
+        """The state from what it exported."""
+        outer = self._with_rows(curvature)
+        layers = layers_of(outer.features.capture)
+        return KroneckerState(outer, layers, _exported(tensors, layers), self.updated)
+
+    def _with_rows(self, curvature: Curvature) -> OuterCurvature:
+        if not isinstance(curvature, OuterCurvature):
+            raise PlanError(
+                f'solver {type(self).__name__} takes its factors from the rows of a curvature, and "{curvature.name}" '
+                'of this task has none that fit: use curvature "mc_fisher", "fisher", or "ggn" or "true_fisher" with '
+                "few outputs"
+            )
+        return curvature
+
+    def cost(self, w: Workload) -> Cost:
+        """Bounded by a square layer in each block: two matrices of d entries, their eigenvectors, three rotations.
+
+        Layers that see one position an example are scored through their factors, others by d products a pair.
+        """
+        if w.q is None:
+            return Cost.impossible(
+                'the curvature has no rows that fit; curvature "mc_fisher" has, for every loss with a distribution'
+            )
+        sides = [(d, d**0.5) for d in w.dimensions.values()]
+        eigen = sum(2 * EIGENVECTORS_WORK * side**3 / 3 for _, side in sides)
+        rows = w.n * w.q * sum(2.0 * d for d, _ in sides)
+        updates = w.n * w.q * sum(3.0 * d for d, _ in sides) if self.updated else 0.0
+        scores = w.dot_work + sum((w.n + w.tests * (2 * side + 1)) * 2 * d for d, side in sides)
+        return Cost(
+            fixed=sum(2.0 * w.itemsize * d + 24.0 * d for d, _ in sides) + w.test_bytes + w.score_bytes,
+            kept=w.n * (w.bytes_per_row + w.feature_bytes_per_row),
+            work=rows + updates + eigen + scores,
+            passes=4.0 if self.updated else 3.0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kfac(KroneckerSolver):
+    """C ≈ E ⊗ A for each layer, with exact damping: 1/(ε_i α_j + μ) in the joint eigenbasis.
+
+    A = Σ_iqt w_i ã ãᵀ/Σ w_i q t of the layer's inputs ã = (a, 1), E = (1/n) Σ_iqt w_i e eᵀ of the gradients of its
+    outputs, weight and bias together; layers do not interact, whatever the blocks. Exact for one example at one
+    position and for the GGN of a deep linear network with squared loss. Factors are summed in float64; eigenvectors and
+    products with them are in the dtype of the gradients, at least float32.
+
+    Curvatures: "fisher", "mc_fisher", and "ggn" and "true_fisher" where their rows fit.
+
+    Sources: Martens & Grosse (2015); convolutions: Grosse & Martens (2016); shared weights: Eschenhagen et al. (2023).
+    """
+
+    @property
+    def updated(self) -> bool:
+        """No: ε_i α_j."""
+        return False
+
+
+@dataclass(frozen=True)
+class Ekfac(KroneckerSolver):
+    """The eigenbasis of K-FAC with the best eigenvalues in it: Λ_ij = (1/n) Σ w Σ_q ((Q_EᵀFQ_A)_ij)².
+
+    Its trace is that of the layer's curvature. A layer that sees one position an example takes two rotations of its
+    factors and one matrix product of their squares; no gradient is formed.
+
+    Args:
+        update_eigenvalues: False leaves K-FAC's, and is `Kfac`.
+
+    Source: George et al. (2018), eq. 7; otherwise as `Kfac`.
+    """
+
+    update_eigenvalues: bool = True
+
+    @property
+    def updated(self) -> bool:
+        """Whether the eigenvalues are those of EK-FAC."""
+        return self.update_eigenvalues
+
+
+def _blocks(curvature: OuterCurvature, layers: tuple[Layer, ...], solver: KroneckerSolver) -> list[KroneckerBlock]:
+    dtype = accumulation_dtype(curvature.features.dtype)
+    found = {
+        layer: kronecker_block(factors, curvature.n, dtype)
+        for layer, factors in _covariances(curvature, layers, solver).items()
+    }
+    whole = [layer for layer in layers if layer not in found and layer.d <= solver.dense_limit]
+    diagonal = [layer for layer in layers if layer not in found and layer not in whole]
+    updated = [layer for layer in found if solver.updated and found[layer].kind == "kronecker"]
+    if whole or diagonal or updated:
+        totals: dict[Layer, Tensor] = {}
+        rows = track(
+            curvature.features,
+            "eigenvalues of layers",
+            len(curvature.features.batches),
+            curvature.features.progress and curvature.features.kept,
+        )
+        for start, blocks in rows:
+            for layer in (*whole, *diagonal, *updated):
+                block = layer.of(blocks)
+                if isinstance(block, ZeroBlock):
+                    continue
+                weights = curvature.weights
+                if weights is not None:
+                    weights = weights[start : start + block.n // curvature.q].to(curvature.device)
+                if layer in found:
+                    part = squared_moment(block, found[layer], weights, dtype)
+                else:
+                    own = None if weights is None else weights.repeat(curvature.q)
+                    part = (_moment if layer in whole else _diagonal)(block, own)
+                totals[layer] = totals[layer].add_(part) if layer in totals else part
+        for layer in updated:
+            found[layer] = found[layer].with_values(totals[layer] / curvature.n)
+        for layer in (*whole, *diagonal):
+            if layer not in totals:
+                zeros = torch.zeros(1, layer.d, dtype=torch.float64, device=curvature.device)
+                found[layer] = KroneckerBlock("zero", False, None, None, zeros)
+            elif layer in whole:
+                found[layer] = dense_block(totals[layer] / curvature.n, dtype)
+            else:
+                found[layer] = KroneckerBlock("diagonal", False, None, None, totals[layer][None] / curvature.n)
+    return [found[layer] for layer in layers]
+
+
+def _covariances(
+    curvature: OuterCurvature, layers: tuple[Layer, ...], solver: KroneckerSolver
+) -> dict[Layer, Covariances]:
+    """Of the layers that have factors in every batch, and small enough ones."""
+    candidates = [layer for layer in layers if layer.route.kind == "outer" and layer.owner.weight is not None]
+    found: dict[Layer, Covariances] = {}
+    without: set[Layer] = set()
+    for start, factors in factored_batches(curvature, candidates):
+        for layer, parts in factors.items():
+            if layer in without:
+                continue
+            if parts is None or max(sides_of(parts)) > solver.factor_limit:
+                without.add(layer)
+                continue
+            weights = curvature.weights
+            if weights is not None:
+                weights = weights[start : start + parts[0].n].to(curvature.device)
+            part = covariances(parts, weights, solver.sharing)
+            found[layer] = found[layer].add(part) if layer in found else part
+    return {layer: total for layer, total in found.items() if layer not in without}
+
+
+def _moment(block: GradientBlock, weights: Tensor | None) -> Tensor:
+    """Σ w g gᵀ."""
+    values = block.dense().double()
+    return (values if weights is None else values * weights[:, None]).T @ values
+
+
+def _diagonal(block: GradientBlock, weights: Tensor | None) -> Tensor:
+    """Σ w g²."""
+    total = torch.zeros(block.d, dtype=torch.float64, device=block.device)
+    for first, values in block.chunks(max(1, CHUNK_ELEMENTS // block.n)):
+        squares = values.double().square()
+        total[first : first + values.shape[1]] = squares.sum(dim=0) if weights is None else weights @ squares
+    return total
+
+
+def _exported(tensors: dict[str, Tensor], layers: tuple[Layer, ...]) -> list[KroneckerBlock]:
+    blocks = []
+    for i in range(len(layers)):
+        kind, bias = tensors[f"kind/{i}"].tolist()
+        blocks.append(
+            KroneckerBlock(
+                KINDS[kind], bool(bias), tensors.get(f"rows/{i}"), tensors.get(f"columns/{i}"), tensors[f"values/{i}"]
+            )
+        )
+    return blocks
