@@ -19,7 +19,9 @@ from refluence.curvature.outputs import IndefiniteLossError, root_count, sampled
 from refluence.damping import DampingChoice
 from refluence.errors import RefluenceError
 from refluence.execution import Execution
+from refluence.gradients.blocks import GradientBlock
 from refluence.gradients.capture import Capture
+from refluence.gradients.outer import OuterBlock
 from refluence.gradients.routes import Groups
 from refluence.gradients.rows import GradientRows
 from refluence.planning import Plan, make_plan
@@ -125,6 +127,7 @@ def prepare(settings: Settings, train: Data, n_test: int) -> Prepared:
         group: sum(capture.shapes[name].numel() for name in names) for group, names in settings.groups.items()
     }
     d = sum(dimensions.values())
+    passed = sum(_forward_work(part) for block in blocks.values() for part in block.blocks)
     inner = sum(block.inner_product_work() for block in blocks.values())
     workload = Workload(
         n=batches.n,
@@ -135,7 +138,7 @@ def prepare(settings: Settings, train: Data, n_test: int) -> Prepared:
         feature_bytes_per_row=features_per_row,
         inner_product_work=inner,
         gradient_seconds=seconds / count,
-        product_work=batches.n * (6.0 * d if q is None else 2.0 * (d + (q - 1) * min(d, inner))),
+        product_work=batches.n * (6.0 * passed if q is None else 2.0 * (passed + (q - 1) * min(d, inner))),
         itemsize=reference.element_size(),
         batch_size=batches.batch_size,
         device=reference.device,
@@ -167,6 +170,12 @@ def fit(settings: Settings, train: Data, weights: Sequence[float] | Tensor | Non
         state = solver.prepare(curvature)
     model = prepared.capture.model
     return Fit(model, prepared.capture, curvature, state, prepared.plan, model_fingerprint(model))
+
+
+def _forward_work(block: GradientBlock) -> float:
+    """Multiply-adds of one example's way through a layer: its parameters, times the positions that use them."""
+    positions = sum(term.row.t for term in block.terms) if isinstance(block, OuterBlock) else 1
+    return float(positions * block.d)
 
 
 def _features(settings: Settings, capture: Capture, sample: Batches, n: int, budget: int) -> tuple[int | None, float]:

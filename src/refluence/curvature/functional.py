@@ -65,7 +65,9 @@ class FunctionalCurvature(Curvature):
             names = capture.groups[block]
             with capture.ready():
                 found = self._products(names, batch, weights.to(self.device), named)
-            flat[block] = torch.cat([found[name].flatten(1) for name in names], dim=1)
+            # Not flatten(1), which a parameter without dimensions has not.
+            pieces = [found[name].reshape(len(found[name]), capture.shapes[name].numel()) for name in names]
+            flat[block] = torch.cat(pieces, dim=1)
         return flat
 
     def _named(self, block: str, vectors: Float[Tensor, "d k"]) -> dict[str, Tensor]:

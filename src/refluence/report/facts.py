@@ -171,7 +171,9 @@ def _damping(damping: float | Mapping[str, float], l2: float) -> Fact:
 
 def _dimension(influence: Influence) -> Fact:
     name = "Effective dimension"
-    dimension, most = influence.effective_dimension, min(influence.n_parameters, influence.n_train)
+    w = influence.plan.workload
+    dimension = influence.effective_dimension
+    most = sum(d if w.q is None else min(d, w.n * w.q) for d in w.dimensions.values())
     if not math.isfinite(dimension):
         return Fact(name, "—", "not defined for this solver")
     return Fact(name, number(dimension), f"directions that the data determine, of at most {most:,}")

@@ -48,7 +48,10 @@ class Gram:
     def cost(self, w: Workload) -> Cost:
         """16 N² bytes and N³/3 multiply-adds a block, and as many inner products."""
         if w.q is None:
-            return Cost.impossible("the curvature has no rows that fit")
+            return Cost.impossible(
+                'the curvature has no rows that fit; curvature "fisher" and "mc_fisher" have, and solvers '
+                "ConjugateGradient and Dense need none"
+            )
         rows, blocks = w.n * w.q, len(w.dimensions)
         fixed = blocks * 16.0 * rows**2 + 8.0 * rows**2 + w.score_bytes + w.tests * w.bytes_per_row
         pairs = rows * (rows / 2 + w.tests + (w.n if w.q > 1 else 0))

@@ -54,7 +54,9 @@ class HarmonicMean:
     def cost(self, w: Workload) -> Cost:
         """N·n inner products, and their products with the tests'."""
         if w.q is None:
-            return Cost.impossible("the curvature has no rows that fit")
+            return Cost.impossible(
+                'it is a mean over the gradients of single examples: use curvature "fisher" or "mc_fisher"'
+            )
         rows, blocks = w.n * w.q, len(w.dimensions)
         return Cost(
             fixed=blocks * 8.0 * rows * (w.tests + 1) + w.score_bytes + w.tests * w.bytes_per_row,
