@@ -1,65 +1,29 @@
-"""What is measured: one table of cases. A case is a worker, its options and how often it runs."""
+"""What is measured: one table of cases."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from benchmarks.case import Case, Size
+from benchmarks.inverse_cases import inverse_cases
 
-ITEMS = ("gram", "cg", "ekfac", "harmonic", "sketch", "formed", "route", "agreement")
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large the problem is."""
-
-    n_train: int
-    n_test: int
-    m: int
-    cg_tests: int
-    matrix: int
-    numbers: int
-
-
-FULL = Size(n_train=5000, n_test=500, m=4096, cg_tests=50, matrix=3000, numbers=250_000_000)
-QUICK = Size(n_train=200, n_test=20, m=256, cg_tests=5, matrix=500, numbers=1_000_000)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measured thing.
-
-    Attributes:
-        name: unique; the key of its results.
-        item: what `--only` selects it by.
-        library: whose code is measured.
-        method: what it does, as the report says it.
-        worker: the module that measures it.
-        options: what the worker is told.
-        repetitions: fresh processes; the report takes the median.
-        scores: what its saved scores can be compared by: the values, their order only, or nothing.
-        timeout: seconds after which a repetition is given up.
-        units: right-hand sides it solved, where fewer than the test rows: its cost is extrapolated.
-    """
-
-    name: str
-    item: str
-    library: str
-    method: str
-    worker: str
-    options: dict[str, Any]
-    repetitions: int = 3
-    scores: Literal["values", "order", "none"] = "none"
-    timeout: float = 600
-    units: int | None = None
+ITEMS = (
+    *("gram", "cg", "ekfac", "harmonic", "sketch", "formed", "route", "agreement"),
+    *("solve", "lissa", "arnoldi", "nystroem"),
+)
 
 
 def cases(size: Size, damping: float) -> list[Case]:
     """Every case, peers next to the case of ours that they are compared with."""
     ours, workers = "refluence", "benchmarks.workers"
-    # dattri draws its projection matrix anew for every batch; 5,000 is the batch of its own MNIST scripts
-    dattri_batches = (size.n_train // 10, size.n_train)
     table = [
-        Case("gram", "gram", ours, "exact scores, Gram", f"{workers}.gram", {"damping": damping}, scores="values"),
+        Case(
+            "gram",
+            "gram",
+            ours,
+            "exact scores, Gram",
+            f"{workers}.attribution",
+            {"damping": damping, "curvature": "fisher", "solver": {"Gram": {}}, "dimension": True},
+            curvature="fisher",
+        ),
         Case(
             "cg",
             "cg",
@@ -73,30 +37,6 @@ def cases(size: Size, damping: float) -> list[Case]:
             units=size.cg_tests,
         ),
     ]
-    # its examples of this size take all data as one batch; smaller ones can be faster
-    table.extend(
-        Case(
-            f"ekfac-{batch}",
-            "ekfac",
-            "kronfluence",
-            f"EK-FAC, batches of {batch:,}",
-            f"{workers}.kronfluence_ekfac",
-            {"damping": damping, "batch": batch},
-            scores="values",
-        )
-        for batch in (size.n_train // 10, size.n_train)
-    )
-    table.append(
-        Case(
-            "harmonic",
-            "harmonic",
-            "pyDVL",
-            "inverse harmonic mean",
-            f"{workers}.pydvl_harmonic",
-            {"damping": damping, "batch": size.n_train // 10},
-            scores="values",
-        )
-    )
     table.append(Case("sjlt", "sketch", ours, "gradients and SJLT", f"{workers}.sjlt_fused", {"m": size.m}))
     table.append(
         Case(
@@ -118,8 +58,8 @@ def cases(size: Size, damping: float) -> list[Case]:
             {"m": size.m, "batch": batch, "kind": kind},
             repetitions=1,
         )
-        # rademacher takes longer still in small batches; the ratio is with the fastest
-        for kind, batch in (*(("normal", batch) for batch in dattri_batches), ("rademacher", size.n_train))
+        # it draws its projection matrix anew for every batch, so that smaller ones take longer
+        for kind, batch in (("normal", size.n_train), ("rademacher", size.n_train))
     )
     table.append(Case("formed", "formed", ours, "SJLT of formed gradients", f"{workers}.sjlt_formed", {"m": size.m}))
     table.extend(
@@ -134,18 +74,17 @@ def cases(size: Size, damping: float) -> list[Case]:
         )
         for corrected in (False, True)
     )
-    table.extend(
+    table.append(
         Case(
-            f"trak-{batch}",
+            f"trak-{size.n_train}",
             "route",
             "dattri",
-            f"TRAKAttributor, batches of {batch:,}",
+            f"TRAKAttributor, batches of {size.n_train:,}",
             f"{workers}.dattri_trak",
-            {"m": size.m, "batch": batch, "damping": damping},
+            {"m": size.m, "batch": size.n_train, "damping": damping},
             repetitions=1,
             scores="order",
         )
-        for batch in dattri_batches
     )
     table.append(
         Case(
@@ -158,4 +97,4 @@ def cases(size: Size, damping: float) -> list[Case]:
             repetitions=1,
         )
     )
-    return table
+    return table + inverse_cases(size, damping)

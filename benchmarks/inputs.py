@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from refluence.zoo.models import build_model
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -34,18 +36,9 @@ class Inputs:
         return TensorDataset(*self.train), TensorDataset(*self.test)
 
 
-def mlp() -> nn.Sequential:
+def mlp() -> nn.Module:
     """The published MNIST network, 784-128-64-10: 109,386 parameters."""
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(784, 128),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.Linear(128, 64),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.Linear(64, 10),
-    )
+    return build_model("mnist", "mlp")
 
 
 def small_mlp() -> nn.Sequential:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, report
-from benchmarks.cases import FULL, ITEMS, QUICK, Case, Size, cases
+from benchmarks.case import FULL, QUICK, Case, Size
+from benchmarks.cases import ITEMS, cases
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
@@ -64,6 +65,9 @@ def measure(folder: Path, size: Size, chosen: list[str], damping: float, repetit
             f"the benchmark's inputs could not be made: {setup['error']}\nset REFLUENCE_DATA to a folder with mnist/"
         )
     rates = _run(folder, "rates", "benchmarks.workers.rates", {"size": size.matrix, "numbers": size.numbers}, 120)
+    paths = {name: str(_scores(folder, f"reference-{name}")) for name in ("fisher", "ggn", "unsure")}
+    reference = _run(folder, "reference", "benchmarks.workers.reference", {"damping": damping, "scores": paths}, 900)
+    print(f"{'reference':>28}  {reference.get('error') or reference['facts']}", flush=True)
     table = [case for case in cases(size, damping) if case.item in chosen]
     runs: dict[str, list[dict[str, Any]]] = {case.name: [] for case in table}
     rounds = max(min(case.repetitions, repetitions or case.repetitions) for case in table)
@@ -72,7 +76,7 @@ def measure(folder: Path, size: Size, chosen: list[str], damping: float, repetit
             failed = any("error" in run for run in runs[case.name])
             if repetition < case.repetitions and not failed:
                 runs[case.name].append(_measure(folder, case))
-    compared = _compare(folder, table, runs)
+    compared = {} if "error" in reference else _compare(folder, table, runs, paths)
     return {
         "machine": described,
         "versions": machine.versions(),
@@ -80,6 +84,7 @@ def measure(folder: Path, size: Size, chosen: list[str], damping: float, repetit
         "damping": damping,
         "inputs": setup["facts"],
         "rates": rates,
+        "reference": reference,
         "cases": [vars(case) | {"runs": runs[case.name]} for case in table],
         "compared": compared,
         "minutes": (time.perf_counter() - start) / 60,
@@ -125,17 +130,16 @@ def _scores(folder: Path, name: str) -> Path:
     return folder / "scores" / f"{name}.npy"
 
 
-def _compare(folder: Path, table: list[Case], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    succeeded = {case.name for case in table if runs[case.name] and "error" not in runs[case.name][-1]}
+def _compare(
+    folder: Path, table: list[Case], runs: dict[str, list[dict[str, Any]]], references: dict[str, str]
+) -> dict[str, Any]:
     others = {
-        case.name: str(_scores(folder, case.name))
+        case.name: (str(_scores(folder, case.name)), case.reference)
         for case in table
-        if case.scores != "none" and case.name != "gram" and case.name in succeeded
+        if case.scores != "none" and runs[case.name] and "error" not in runs[case.name][-1]
     }
-    if "gram" not in succeeded or not others:
-        return {}
-    options = {"exact": str(_scores(folder, "gram")), "others": others}
-    return _run(folder, "compare", "benchmarks.workers.compare", options, 120).get("facts", {})
+    options = {"references": references, "others": others}
+    return _run(folder, "compare", "benchmarks.workers.compare", options, 300).get("facts", {})
 
 
 if __name__ == "__main__":

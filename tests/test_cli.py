@@ -1,5 +1,6 @@
 """The command line end to end, on the digits."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import refluence as rf
 from refluence.cli import app
 from refluence.cli.method import parse_damping
 from refluence.cli.rows import parse_rows, select_rows
+from refluence.solvers import preconditioners
 from refluence.zoo import load_benchmark
 
 RESULTS = {"scores.zarr", "top.parquet", "manifest.json", "report.html"}
@@ -140,6 +142,7 @@ def test_the_misclassified_rows(tmp_path):
         ["--solver", "sketched", "--sketch", "rademacher", "--sketch-size", 256, "--damping", "dim:20"],
         ["--sketch-size", 512],
         ["--dtype", "float64", "--batch-size", 100, "--device", "cpu", "--memory", "2GB"],
+        ["--curvature", "mc_fisher", "--samples", 3, "--n-train", 200],
     ],
     ids=lambda options: " ".join(str(option) for option in options),
 )
@@ -147,9 +150,131 @@ def test_every_option_runs(tmp_path, options):
     out = tmp_path / "results"
     run("attribute", "--dataset", "digits", "--out", out, "--test-rows", "0:2", "--no-report", *options)
     values = rf.Scores.load(out / "scores.zarr").values
-    assert values.shape == (2, 1437)
+    assert values.shape == (2, 200 if "--n-train" in options else 1437)
     assert torch.isfinite(values).all()
     assert values.abs().max() > 0
+
+
+CHOICES = [
+    (["gram"], rf.solvers.Gram()),
+    (["dense"], rf.solvers.Dense()),
+    (["identity"], rf.solvers.Identity()),
+    (["cg", "--rtol", "1e-3", "--maxiter", 70], rf.solvers.ConjugateGradient(rtol=1e-3, maxiter=70)),
+    (
+        ["cg", "--preconditioner", "nystroem", "--rank", 9],
+        rf.solvers.ConjugateGradient(preconditioner=preconditioners.Nystroem(9, seed=4)),
+    ),
+    (["cg", "--preconditioner", "jacobi"], rf.solvers.ConjugateGradient(preconditioner=preconditioners.Jacobi())),
+    (["cg", "--preconditioner", "ekfac"], rf.solvers.ConjugateGradient(preconditioner=rf.solvers.Ekfac())),
+    (["cg", "--preconditioner", "kfac"], rf.solvers.ConjugateGradient(preconditioner=rf.solvers.Kfac())),
+    (["lissa", "--depth", 40, "--scale", 50], rf.solvers.Lissa(depth=40, scale=50.0, seed=4)),
+    (
+        ["lissa", "--repeats", 2, "--step-rows", 60, "--tolerance", "0.5"],
+        rf.solvers.Lissa(repeats=2, batch_size=60, tolerance=0.5, seed=4),
+    ),
+    (["arnoldi", "--rank", 8, "--tolerance", "1e-2"], rf.solvers.Arnoldi(8, tolerance=1e-2, seed=4)),
+    (["nystroem", "--rank", 8], rf.solvers.Nystroem(8, seed=4)),
+    (["harmonic-mean"], rf.solvers.HarmonicMean()),
+    (["kfac", "--sharing", "reduce"], rf.solvers.Kfac(sharing="reduce")),
+    (["ekfac"], rf.solvers.Ekfac()),
+    (["sketched", "--sketch", "gaussian", "--sketch-size", 64], rf.solvers.Sketched(rf.sketches.Gaussian(64, seed=4))),
+    (["auto"], "auto"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "solver"), CHOICES, ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else ""
+)
+def test_every_solver_has_a_name_and_its_main_settings(monkeypatch, options, solver):
+    from refluence.cli.method import Method
+
+    asked = []
+    monkeypatch.setattr(Method, "influence", lambda self, task: asked.append(self) or rf.Influence(task))
+    run("plan", "--dataset", "digits", "--model", "lr", "--seed", 4, "--solver", *options)
+    assert asked[0].solver.build(asked[0].seed) == solver
+
+
+def test_every_solver_of_the_library_has_a_name():
+    from refluence.cli.options import SolverName
+
+    named = {type(solver) for _, solver in CHOICES} - {str}
+    library = (getattr(rf.solvers, name) for name in rf.solvers.__all__)
+    assert named == {kind for kind in library if isinstance(kind, type) and dataclasses.is_dataclass(kind)} - {
+        rf.solvers.Solution
+    }
+    assert {options[0] for options, _ in CHOICES} == set(SolverName)
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "ggn", "hessian", "true_fisher", "mc_fisher"])
+def test_every_curvature_runs_and_is_in_the_summary(tmp_path, curvature):
+    out, some = tmp_path / "results", ["--model", "lr", "--n-train", 80, "--test-rows", "0:2", "--damping", "0.1"]
+    result = run("attribute", "--dataset", "digits", "--out", out, "--curvature", curvature, "--solver", "cg", *some)
+    assert any(line.split() == ["curvature", curvature] for line in result.stdout.splitlines())
+    residual = next(line for line in result.stdout.splitlines() if line.startswith("relative residual"))
+    assert "after" in residual
+    assert " step" in residual
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["influence"]["curvature"] == curvature
+    assert max(manifest["diagnostics"]["residual"]) <= 1e-6
+    words = {"ggn": "generalised Gauss–Newton", "hessian": "Hessian", "mc_fisher": "sampled Fisher"}
+    assert words.get(curvature, "Fisher") in (out / "report.html").read_text()
+
+
+def test_the_summary_names_layers_without_a_kronecker_form(module):
+    printed = run(
+        "attribute",
+        "--task",
+        f"{module}:normed",
+        "--out",
+        "r",
+        "--test-rows",
+        "0:2",
+        "--solver",
+        "ekfac",
+        "--curvature",
+        "ggn",
+        "--damping",
+        "0.1",
+        "--no-report",
+    ).stdout
+    assert "without a kronecker form" in printed
+    assert "1.weight, 1.bias taken whole" in printed
+
+
+def test_negative_eigenvalues_are_in_the_summary_and_the_report(module):
+    options = ["--curvature", "hessian", "--solver", "dense", "--damping", "1e-4"]
+    result = run("attribute", "--task", f"{module}:normed", "--out", "r", "--test-rows", "0:2", *options)
+    assert "negative eigenvalues" in result.stdout
+    assert "stay negative with the damping" in Path("r/report.html").read_text()
+    assert "at no minimum" in result.stderr
+
+
+def test_a_fit_is_kept_and_used_again(tmp_path):
+    some = ["attribute", "--dataset", "digits", "--model", "lr", "--n-train", 90, "--quiet", "--no-report"]
+    how = ["--curvature", "ggn", "--solver", "gram"]
+    kept = tmp_path / "kept"
+    run(*some, *how, "--damping", "0.1", "--test-rows", "2,3", "--save-fit", kept, "--out", tmp_path / "a")
+    run(*some, "--fit", kept, "--test-rows", "2,3", "--out", tmp_path / "b")
+    run(*some, "--fit", kept, "--test-rows", "2,3", "--damping", "0.2", "--out", tmp_path / "c")
+    run(*some, *how, "--damping", "0.2", "--test-rows", "2,3", "--out", tmp_path / "d")
+    first, again, other, fresh = (rf.Scores.load(tmp_path / name / "scores.zarr") for name in "abcd")
+    torch.testing.assert_close(again.values, first.values, rtol=1e-10, atol=1e-12)
+    assert again.test_ids.tolist() == [2, 3]
+    assert other.target_damping == 0.2
+    torch.testing.assert_close(other.values, fresh.values, rtol=1e-10, atol=1e-12)
+    assert "load" in json.loads((tmp_path / "b" / "manifest.json").read_text())["timings_seconds"]
+
+
+def test_a_fit_on_other_rows_is_refused(tmp_path):
+    some = ["attribute", "--dataset", "digits", "--model", "lr", "--quiet", "--no-report", "--test-rows", "0"]
+    kept = tmp_path / "kept"
+    run(*some, "--n-train", 90, "--save-fit", kept, "--out", tmp_path / "a")
+    result = run(*some, "--n-train", 91, "--fit", kept, "--out", tmp_path / "b", code=1)
+    assert "Error:" in result.stderr  # another network too, which is seen first
+    (tmp_path / "thesis.tex").write_text("mine")
+    result = run(*some, "--n-train", 90, "--save-fit", tmp_path, "--out", tmp_path / "c", code=1)
+    assert "holds no fit: choose another path" in result.stderr
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(
@@ -165,6 +290,17 @@ def test_every_option_runs(tmp_path, options):
         (["--dataset", "digits", "--test-rows", "5:5"], "selects none"),
         (["--dataset", "digits", "--device", "abacus"], "abacus"),
         (["--dataset", "digits", "--solver", "gram", "--sketch-size", "5"], "for the sketched solver"),
+        (["--dataset", "digits", "--solver", "cg", "--rank", "5"], "--rank: of the cg solver goes with --precond"),
+        (["--dataset", "digits", "--solver", "cg", "--preconditioner", "nystroem"], "--rank: of the cg solver"),
+        (["--dataset", "digits", "--solver", "nystroem"], "--rank: is needed by the nystroem solver"),
+        (["--dataset", "digits", "--solver", "kfac", "--rtol", "1e-3"], "--rtol: is for the cg solver, not for kfac"),
+        (["--dataset", "digits", "--rank", "3"], "--rank: is for the arnoldi or nystroem or cg solver, not for auto"),
+        (["--dataset", "digits", "--solver", "lissa", "--scale", "-1"], "--scale: the scale of Lissa must be > 0"),
+        (["--dataset", "digits", "--solver", "cg", "--rtol", "2"], "--rtol: ConjugateGradient(rtol=2.0"),
+        (["--dataset", "digits", "--samples", "3"], "--samples: is for --curvature mc_fisher, not for fisher"),
+        (["--dataset", "digits", "--curvature", "gauss"], "ggn"),
+        (["--dataset", "digits", "--fit", "kept", "--solver", "gram"], "--solver: is decided by the fit of --fit"),
+        (["--dataset", "digits", "--fit", "kept", "--save-fit", "x"], "--save-fit: is decided by the fit of --fit"),
         (["--dataset", "digits", "--task", "a:b"], "either --dataset"),
         ([], "either --dataset"),
         (["--task", "a:b", "--label-noise", "0.1"], "built-in"),
@@ -221,6 +357,11 @@ MODULE = """
 
     def benchmark():
         return load_benchmark("digits", "mlp", progress=False)
+
+    def normed():
+        task, train, test = parts()
+        torch.manual_seed(0)
+        return rf.Task(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Tanh(), nn.Linear(3, 2))), train, test
 
     def regression():
         x = torch.randn(20, 3)

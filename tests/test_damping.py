@@ -151,9 +151,9 @@ def test_at_resolves_a_damping_as_a_fresh_fit_does(model, train, damping, blocks
 
 @pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf"), "automatic"])
 def test_a_damping_that_is_none_is_refused_with_what_there_is(model, train, damping):
-    with pytest.raises(RefluenceError, match=r'damping must be a number ≥ 0.*"auto", not'):
+    with pytest.raises(RefluenceError, match=r'damping must be a number ≥ 0.*"auto", or a dict .* not'):
         rf.Influence(rf.Task(model), damping=damping)
-    with pytest.raises(RefluenceError, match=r'damping must be a number ≥ 0.*"auto", not'):
+    with pytest.raises(RefluenceError, match=r'damping must be a number ≥ 0.*"auto", or a dict .* not'):
         fitted(model, train, 0.1).at(damping)
 
 
@@ -163,3 +163,94 @@ def test_ratios_and_dimensions_must_be_positive(value):
         rf.RelativeDamping(value)
     with pytest.raises(RefluenceError, match="dimension > 0, not"):
         rf.EffectiveDimension(value)
+
+
+# ---------------------------------------------------------------- one for each block
+
+
+@solvers
+def test_a_dict_gives_every_block_its_own_number(model, train, parts, solver):
+    influence = fitted(model, train, {"0": 0.5, "2": 1e-3}, solver, blocks="module", l2=0.01)
+    assert influence.damping == {"0": 0.5, "2": 1e-3}
+    assert influence.shifts == {"0": 0.51, "2": 0.011}
+    expected = sum(effective_dimension(part, influence.shifts[group]) for group, part in parts.items())
+    assert influence.effective_dimension == pytest.approx(expected, rel=1e-8)
+    assert influence.score(train).target_damping == {"0": 0.5, "2": 1e-3}
+
+
+@solvers
+def test_rules_in_a_dict_hold_for_the_block_alone(model, train, parts, solver):
+    dampings = {"0": rf.EffectiveDimension(3), "2": rf.RelativeDamping(0.2)}
+    influence = fitted(model, train, dampings, solver, blocks="module", l2=0.01)
+    found = influence.damping
+    assert effective_dimension(parts["0"], found["0"] + 0.01) == pytest.approx(3, rel=1e-6)
+    assert found["2"] == pytest.approx(0.2 * float(parts["2"].trace()) / len(parts["2"]), rel=1e-10)
+
+
+@solvers
+def test_auto_in_a_dict_goes_by_the_blocks_own_size(model, train, parts, solver):
+    influence = fitted(model, train, {"0": "auto", "2": 0.3}, solver, blocks="module")
+    wanted = min(N / 16, len(parts["0"]) / 16)
+    assert effective_dimension(parts["0"], influence.damping["0"]) == pytest.approx(wanted, rel=1e-6)
+    assert influence.damping["2"] == 0.3
+
+
+def test_a_dict_of_equal_dampings_is_one_number(model, train):
+    influence = fitted(model, train, {"0": 0.2, "2": 0.2}, blocks="module")
+    assert influence.damping == 0.2
+    assert fitted(model, train, {"full": 0.2}).damping == 0.2
+
+
+def test_at_takes_a_dict_and_gives_what_a_fresh_fit_does(model, train):
+    dampings = {"2": rf.RelativeDamping(0.4), "0": 0.02}  # in any order
+    at = fitted(model, train, 0.5, blocks="module").at(dampings)
+    fresh = fitted(model, train, dampings, blocks="module")
+    assert at.damping == pytest.approx(fresh.damping, rel=1e-12)
+    torch.testing.assert_close(at.score(train).values, fresh.score(train).values, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("damping", "words"),
+    [
+        ({"0": 0.1, "1": 0.1, "2": 0.1}, r"names the blocks \['1'\], which do not exist: the blocks are \['0', '2'\]"),
+        ({"0": 0.1}, r"no value for the blocks \['2'\]"),
+        ({}, r"no value for the blocks \['0', '2'\]"),
+        ({"0": 0.1, "2": {"0": 1.0}}, "damping of block '2' is a dict: give a number or a rule"),
+        ({"0": 0.1, "2": -0.1}, "must be a number ≥ 0"),
+    ],
+)
+def test_a_dict_must_name_every_block_and_no_other(model, train, damping, words):
+    with pytest.raises(RefluenceError, match=words):
+        rf.Influence(rf.Task(model), damping=damping, blocks="module")
+    with pytest.raises(RefluenceError, match=words):
+        fitted(model, train, 0.1, blocks="module").at(damping)
+
+
+# ---------------------------------------------------------------- other curvatures
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian", "true_fisher", "mc_fisher"])
+def test_rules_are_of_the_curvature_in_use(model, train, curvature):
+    dense = fitted(model, train, 0.1, "dense", curvature=curvature)
+    matrix = dense._fit.curvature.dense()["full"]
+    values = torch.linalg.eigvalsh(matrix).clamp(min=0)
+    found = dense.at(rf.EffectiveDimension(2)).damping
+    assert float((values / (values + found)).sum()) == pytest.approx(2, rel=1e-6)
+    automatic = dense.at("auto").damping
+    assert float((values / (values + automatic)).sum()) == pytest.approx(min(N, D) / 16, rel=1e-6)
+    trace = float(matrix.trace())
+    if trace > 0:
+        assert dense.at(rf.RelativeDamping(0.3)).damping == pytest.approx(0.3 * trace / D, rel=1e-9)
+
+
+def test_relative_damping_of_a_hessian_with_a_negative_trace_is_refused(train):
+    x, _ = train
+
+    def falling(output, batch):
+        return -output.square().sum(dim=1)
+
+    task = rf.Task(nn.Linear(3, 2).double(), loss=falling)
+    with pytest.raises(RefluenceError, match=r"positive trace, and that of block 'full' is -.*\"ggn\" or \"fisher\""):
+        rf.Influence(
+            task, "hessian", rf.solvers.Dense(), damping=rf.RelativeDamping(0.1), batch_size=16, progress=False
+        ).fit((x, x))

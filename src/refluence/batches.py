@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     IterableDataset,
     SequentialSampler,
     TensorDataset,
@@ -238,7 +237,7 @@ def _are_columns(data: list) -> bool:
     return bool(data) and all(isinstance(item, Tensor) for item in data)
 
 
-def _checked_dataset(data: Any, name: str) -> Dataset:
+def _checked_dataset(data: Any, name: str) -> Any:
     if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise DataError(
             f"the {name} ({type(data).__name__}) has no length or no rows by index, so its examples have no stable "

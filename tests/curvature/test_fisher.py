@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from refluence.batches import Batches
-from refluence.curvature import EmpiricalFisher
+from refluence.curvature import OuterCurvature
 from refluence.gradients.capture import Capture
 from refluence.gradients.groups import parameter_groups
 from refluence.gradients.rows import GradientRows
@@ -23,7 +23,7 @@ def test_products_and_traces_equal_those_of_the_dense_curvature(name, blocks, we
     capture = Capture(task, task.model, groups, Batches(batch))
     rows = GradientRows(capture, Batches(batch, 2), capture.loss, 10**9, progress=False)
     weights = torch.tensor([0.0, 0.5, 1.0, 2.0, 0.25], dtype=torch.float64) if weighted else None
-    fisher = EmpiricalFisher(rows, weights)
+    fisher = OuterCurvature("fisher", rows, rows, weights)
     G = loop_gradients(model, lambda m, b: task.losses(task.output(m, b), b), names, batch)
     generator = torch.Generator().manual_seed(0)
     V = {g: torch.randn(d, 2, generator=generator, dtype=torch.float64) for g, d in fisher.dimensions.items()}

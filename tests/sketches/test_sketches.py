@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 import refluence as rf
 from refluence.errors import RefluenceError
-from refluence.gradients.blocks import DenseBlock, JointBlock
+from refluence.gradients.blocks import DenseBlock
 from refluence.gradients.factors import Dense, OneHot, Patches
+from refluence.gradients.joint import JointBlock
 from refluence.gradients.outer import OuterBlock, Term
+from refluence.sketches.base import LIFTED_COLUMNS
 from refluence.sketches.dense import TILE_COLUMNS, TILE_ROWS
 from refluence.sketches.random_bits import mix, random_bits
 
@@ -288,3 +290,24 @@ def test_sizes_that_are_none_are_refused(size):
 def test_integer_rows_are_refused(kind):
     with pytest.raises((RefluenceError, TypeError), match=r"floating-point|parameter 'gradients'"):
         make(kind).project(torch.ones(3, 4, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------- the way back
+
+
+@kinds
+@pytest.mark.parametrize("d", [1, 5, LIFTED_COLUMNS - 1, 2 * LIFTED_COLUMNS + 3])
+@pytest.mark.parametrize("k", [0, 1, 6])
+def test_lift_is_the_transpose(kind, d, k):
+    sketch, values = make(kind, 8, seed=2), normal(8, k, seed=1)
+    lifted = sketch.lift(values, d)
+    assert lifted.shape == (d, k)
+    torch.testing.assert_close(lifted, sketch.matrix(d).T @ values, rtol=1e-12, atol=1e-12)
+
+
+@kinds
+@few
+@given(d=st.integers(1, 70), m=st.sampled_from([4, 8, 20]), seed=st.integers(0, 50))
+def test_lift_is_adjoint_to_project(kind, d, m, seed):
+    sketch, x, y = make(kind, m, seed=seed), normal(3, d, seed=seed), normal(m, 2, seed=seed + 1)
+    torch.testing.assert_close(sketch.project(x) @ y, x @ sketch.lift(y, d), rtol=1e-11, atol=1e-11)

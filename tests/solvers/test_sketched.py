@@ -147,9 +147,19 @@ def test_without_damping_a_sketch_above_the_rank_is_singular(problem):
 
 
 @pytest.mark.parametrize("m", [16, 64])
-def test_inverse_hvp_is_refused_because_coordinates_are_gone(problem, m):
-    with pytest.raises(rf.errors.PlanError, match="use solver Gram or Dense for inverse_hvp"):
-        problem.influence(rf.sketches.SJLT(m), False).inverse_hvp(problem.test)
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("blocks", ["full", "module"])
+def test_inverse_hvp_is_lifted_so_that_its_products_with_gradients_are_the_scores(problem, m, corrected, blocks):
+    sketch = rf.sketches.SJLT(m, seed=3)
+    influence = problem.influence(sketch, corrected, damping=0.1, batch_size=11, blocks=blocks)
+    found = influence.inverse_hvp(problem.test)
+    assert_equal(found @ problem.G.T, influence.score(problem.test).values)
+    if blocks == "full":
+        P = sketch.matrix(problem.G.shape[1])
+        C = curvature(problem.G)
+        values = torch.linalg.eigvalsh(P @ C @ P.T).clamp(min=0)
+        mu = rf.theory.corrected_damping(values, m, 0.1) if corrected else 0.1
+        assert_equal(found, torch.linalg.solve(P @ C @ P.T + mu * torch.eye(m, dtype=C.dtype), P @ problem.V.T).T @ P)
 
 
 def test_relative_damping_takes_the_trace_of_the_gradients_and_not_of_their_sketch(problem):

@@ -87,3 +87,29 @@ def test_no_damping_cannot_be_corrected_for(call):
 def test_more_eigenvalues_than_rows_are_refused():
     with pytest.raises(RefluenceError, match="m = 2 rows has no 3 eigenvalues"):
         corrected_damping([1.0, 1.0, 1.0], 2, 10.0)
+
+
+@settings(deadline=None)
+@given(
+    values=spectra,
+    negative=st.lists(st.floats(-10, -1e-3), min_size=1, max_size=4),
+    extra=st.integers(0, 40),
+    target=st.floats(1e-3, 1e3),
+)
+def test_with_negative_eigenvalues_the_law_holds_above_the_last_pole(values, negative, extra, target):
+    everything, size = [*negative, *values], len(values) + len(negative) + extra
+    damping = corrected_damping(everything, size, target)
+    padded = np.array([*everything, *[0.0] * extra])
+    assert damping > -padded.min()
+    assert 1 / target == pytest.approx((1 / (padded + damping)).mean(), rel=1e-6)
+
+
+def test_the_correction_of_a_negative_spectrum_is_found_by_hand():
+    # 1/κ = (1/(μ−1) + 1/(μ+1))/2 = μ/(μ²−1), so that μ² − κμ − 1 = 0.
+    for target in (0.01, 0.5, 3.0, 100.0):
+        expected = (target + (target**2 + 4) ** 0.5) / 2
+        assert corrected_damping([-1.0, 1.0], 2, target) == pytest.approx(expected, rel=1e-9)
+
+
+def test_rounding_noise_below_zero_is_no_negative_eigenvalue():
+    assert corrected_damping([1.0, 0.5, -1e-12], 5, 0.3) == pytest.approx(corrected_damping([1.0, 0.5], 5, 0.3))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import refluence as rf
 from refluence.errors import RefluenceError
-from refluence.theory import damping_for, effective_dimension, numerical_rank
+from refluence.theory import SpectralMeasure, damping_for, effective_dimension, numerical_rank
 
 positive = st.floats(1e-6, 1e4)
 spectra = st.lists(positive, min_size=1, max_size=30)
@@ -78,6 +78,51 @@ def test_negative_eigenvalues_and_dampings_are_refused_with_their_value():
         effective_dimension([1.0, -0.5], 0.1)
     with pytest.raises(RefluenceError, match=r"damping must be ≥ 0, not -0\.1"):
         effective_dimension([1.0], -0.1)
+
+
+counted = st.lists(st.tuples(positive, st.integers(1, 5)), min_size=1, max_size=12)
+
+
+@few
+@given(pairs=counted, damping=positive)
+def test_multiplicities_count_as_so_many_eigenvalues(pairs, damping):
+    values, counts = (np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True))
+    repeated = np.repeat(values, counts.astype(int))
+    once, measure = SpectralMeasure(repeated), SpectralMeasure(values, counts)
+    assert measure.trace == pytest.approx(once.trace, rel=1e-12)
+    expected = effective_dimension(repeated, damping)
+    assert effective_dimension(measure.values, damping, measure.counts) == pytest.approx(expected, rel=1e-12)
+    assert effective_dimension(once.values, damping, once.counts) == pytest.approx(expected, rel=1e-12)
+
+
+@few
+@given(
+    pairs=st.lists(st.tuples(st.floats(1e-3, 1e3), st.integers(1, 5)), min_size=2, max_size=12),
+    share=st.floats(0.01, 0.9),
+)
+def test_the_damping_for_a_dimension_counts_multiplicities(pairs, share):
+    values, counts = (np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True))
+    dimension = share * counts.sum()
+    damping = damping_for(values, dimension, counts)
+    assert damping == pytest.approx(damping_for(np.repeat(values, counts.astype(int)), dimension), rel=1e-8)
+
+
+def test_multiplicities_may_be_the_weights_of_a_quadrature():
+    assert effective_dimension([2.0, 0.0], 1.0, [1.5, 30.0]) == pytest.approx(1.0)
+    assert damping_for([2.0], 1.0, [1.5]) == pytest.approx(1.0)
+    with pytest.raises(RefluenceError, match=r"between 0 and the rank, 1\.5"):
+        damping_for([2.0], 1.6, [1.5])
+
+
+def test_the_positive_part_of_a_measure_keeps_all_but_the_negative_eigenvalues():
+    measure = SpectralMeasure(np.array([-2.0, 1.0, 3.0]), np.array([4.0, 1.0, 2.0]), sketch_size=7)
+    part = measure.positive_part()
+    assert measure.trace == -1.0
+    assert part.trace == 7.0
+    assert part.values.tolist() == [0.0, 1.0, 3.0]
+    assert (part.counts == measure.counts).all()
+    assert part.sketch_size == 7
+    assert effective_dimension(part.values, 1.0, part.counts) == pytest.approx(0.5 + 2 * 0.75)
 
 
 def test_the_public_names_are_those_of_the_module():

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from refluence.errors import PlanError
+from refluence.errors import PlanError, RefluenceError
 from refluence.gradients.rows import GradientRows
 from refluence.linalg import Apply
 from refluence.theory import SpectralMeasure
@@ -81,9 +81,15 @@ class Curvature(ABC):
         return self.matvec({block: vectors})[block]
 
     def linear_operator(self, block: str | None = None, shift: float = 0.0) -> LinearOperator:
-        """C_b + shift·I for `scipy.sparse.linalg`, in float64; `block` may be left out where there is only one."""
-        if block is None:
+        """C_b + shift·I for `scipy.sparse.linalg`, in float64; `block` may be left out where there is only one.
+
+        Raises:
+            RefluenceError: an unknown block, or none given where there are several.
+        """
+        if block is None and len(self.groups) == 1:
             [block] = self.groups
+        if block not in self.groups:
+            raise RefluenceError(f"there is no block {block!r} for a linear operator: give one of {list(self.groups)}")
         d, apply = self.dimensions[block], self.operator(block)
 
         def product(vectors):  # type: ignore[no-untyped-def]

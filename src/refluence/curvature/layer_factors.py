@@ -15,11 +15,12 @@ from torch import Tensor
 
 from refluence.batches import rows_of
 from refluence.curvature.outer import OuterCurvature
-from refluence.gradients.blocks import CHUNK_ELEMENTS, GradientBlock, JointBlock
+from refluence.gradients.blocks import CHUNK_ELEMENTS, GradientBlock
 from refluence.gradients.capture import Capture
-from refluence.gradients.extraction import Inputs, LayoutError, Owner, _extract
+from refluence.gradients.extraction import Inputs, LayoutError, Owner, extract_one
 from refluence.gradients.factors import Factor, OneHot
 from refluence.gradients.fan import FanBlock
+from refluence.gradients.joint import JointBlock
 from refluence.gradients.outer import OuterBlock
 from refluence.gradients.recording import record
 from refluence.gradients.routes import Route
@@ -113,7 +114,9 @@ def _made_again(
     for layer, block in kept.items():
         inputs = Inputs(layer.route.layout, rows_of(batch))
         try:
-            parts = tuple(_extract(layer.owner, recording.uses, errors, capture.shapes, inputs) for errors in columns)
+            parts = tuple(
+                extract_one(layer.owner, recording.uses, errors, capture.shapes, inputs) for errors in columns
+            )
         except LayoutError:
             found[layer] = None
             continue

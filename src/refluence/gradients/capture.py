@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from refluence.batches import Batches, rows_of, slice_rows
 from refluence.errors import NonFiniteError
 from refluence.gradients.agreement import agree
-from refluence.gradients.blocks import DenseBlock, GradientBlock, JointBlock, ZeroBlock
+from refluence.gradients.blocks import DenseBlock, GradientBlock, ZeroBlock
 from refluence.gradients.checks import check_independent
 from refluence.gradients.coverage import Coverage, ParameterCoverage
 from refluence.gradients.extraction import LayoutError, Owner, extract
 from refluence.gradients.fan import FanBlock
 from refluence.gradients.functional import Objective, single_gradients, vectorised_gradients
+from refluence.gradients.joint import JointBlock
 from refluence.gradients.recording import record
 from refluence.gradients.routes import Groups, Router
 from refluence.isolation import evaluation_mode

@@ -189,7 +189,7 @@ def extract(
         LayoutError: the shapes do not fit the layout.
     """
     inputs = Inputs(layout, n)
-    parts = [_extract(owner, uses, errors, shapes, inputs) for errors in columns]
+    parts = [extract_one(owner, uses, errors, shapes, inputs) for errors in columns]
     if len(parts) == 1:
         block = parts[0]
         return block if _worth_factors(block) else DenseBlock(block.dense())
@@ -197,9 +197,14 @@ def extract(
     return fan if _worth_factors(fan) else FanBlock(tuple(DenseBlock(part.dense()) for part in parts))
 
 
-def _extract(
+def extract_one(
     owner: Owner, uses: Sequence[Use], errors: Sequence[Tensor], shapes: dict[str, torch.Size], inputs: Inputs
 ) -> GradientBlock:
+    """The gradients of `owner`'s parameters for one column of the objective, with the inputs' factors shared.
+
+    Raises:
+        LayoutError: the shapes do not fit the layout.
+    """
     layout, n = inputs.layout, inputs.n
     pairs = list(zip(uses, errors, strict=True))
     if owner.weight is None:

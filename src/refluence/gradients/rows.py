@@ -8,9 +8,9 @@ from functools import reduce
 import torch
 
 from refluence.batches import Batches
-from refluence.gradients.blocks import JointBlock
 from refluence.gradients.capture import Capture
 from refluence.gradients.functional import Objective
+from refluence.gradients.joint import JointBlock
 from refluence.progress import track
 
 BlocksOfBatch = dict[str, JointBlock]

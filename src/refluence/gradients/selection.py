@@ -7,9 +7,10 @@ from dataclasses import replace
 from jaxtyping import Int64
 from torch import Tensor
 
-from refluence.gradients.blocks import DenseBlock, GradientBlock, JointBlock, ZeroBlock
+from refluence.gradients.blocks import DenseBlock, GradientBlock, ZeroBlock
 from refluence.gradients.factors import Dense, Factor, OneHot, Patches
 from refluence.gradients.fan import FanBlock
+from refluence.gradients.joint import JointBlock
 from refluence.gradients.outer import OuterBlock, Term
 
 

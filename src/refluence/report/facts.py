@@ -22,11 +22,11 @@ NEARLY_STATIONARY = 1e-1
 MAX_COVERAGE_ROWS = 200
 
 CURVATURES = {
-    "fisher": ("empirical Fisher", "mean of the outer products of the training gradients"),
-    "ggn": ("generalised Gauss–Newton", "the loss's curvature in the outputs, carried to the parameters"),
-    "hessian": ("Hessian", "all second derivatives of the training loss"),
-    "true_fisher": ("true Fisher", "mean over the labels that the model itself would give, exactly"),
-    "mc_fisher": ("sampled Fisher", "mean over {samples} drawn from the model's own probabilities for each example"),
+    "fisher": "empirical Fisher",
+    "ggn": "generalised Gauss–Newton matrix",
+    "hessian": "Hessian",
+    "true_fisher": "true Fisher",
+    "mc_fisher": "sampled Fisher ({samples} an example)",
 }
 SOLVERS = {
     "Arnoldi": "the eigenpairs of largest magnitude",
@@ -91,7 +91,6 @@ def facts(influence: Influence, scores: Scores) -> tuple[Fact, ...]:
     return (
         _coverage(influence),
         Fact("Training examples", f"{influence.n_train:,}", "each one can be named as helpful or harmful"),
-        _curvature(influence),
         _exactness(influence, scores),
         *_diagnostics(influence),
         _damping(influence.damping, influence.task.l2),
@@ -132,15 +131,11 @@ def _coverage(influence: Influence) -> Fact:
     )
 
 
-def _curvature(influence: Influence) -> Fact:
-    name, reading = CURVATURES[influence.curvature]
-    return Fact("Curvature", name, reading.format(samples=count(influence.settings.samples, "label")))
-
-
 def _exactness(influence: Influence, scores: Scores) -> Fact:
     name = shorten(influence.plan.solver, 60)
     kind = type(influence.plan.chosen.solver).__name__
-    how = f"{SOLVERS[kind]}: " if kind in SOLVERS else ""
+    matrix = CURVATURES[influence.curvature].format(samples=count(influence.settings.samples, "label"))
+    how = f"{SOLVERS.get(kind, kind)}, on the {matrix}: "
     if scores.error is not None:
         sampled = influence.exact and influence.curvature == "mc_fisher"
         what = "exact but for the sampled labels" if sampled else "approximate"
@@ -148,7 +143,7 @@ def _exactness(influence: Influence, scores: Scores) -> Fact:
     if influence.exact and influence.curvature == "mc_fisher":
         return Fact("Solver", name, f"{how}one sampled label has no error bar; draw two or more", "caution")
     if influence.exact:
-        return Fact("Solver", name, f"{how}exact for this curvature and damping", "good")
+        return Fact("Solver", name, f"{how}exact for this damping", "good")
     if "residual" in influence.diagnostics:
         return Fact("Solver", name, f"{how}exact up to the relative residual")
     return Fact("Solver", name, f"{how}no error bars, how far the scores are off is not known", "caution")

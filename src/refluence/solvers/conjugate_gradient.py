@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refluence.curvature import Curvature, Vectors
-from refluence.errors import PlanError
+from refluence.errors import PlanError, SolverError
 from refluence.linalg import ColumnSolution, block_conjugate_gradient, conjugate_gradient
 from refluence.linalg.refinement import refined_solve
 from refluence.solvers.convergence import ConvergenceBar
@@ -29,6 +29,9 @@ ENTRY_BYTES = 64
 
 ASSUMED_STEPS = 60
 """Steps that a plan counts with."""
+
+SINGULAR_RESIDUAL = 1e-3
+"""A residual that stays above it at damping 0 is what a right-hand side has outside the range of the curvature."""
 
 BLOCK_PRODUCTS = 8
 """Products of k×k with k×d in a step of the block recurrence."""
@@ -81,8 +84,8 @@ class ConjugateGradient:
         if getattr(self.preconditioner, "singular", False):
             raise PlanError(
                 f"{type(self.preconditioner).__name__} cannot precondition conjugate gradients: as it is set, its map "
-                "is singular, zero on most directions. Use preconditioners.Nystroem(rank), a sketch of the curvature that "
-                "keeps the complement"
+                "is singular, zero on most directions. Use preconditioners.Nystroem(rank), a sketch of the curvature "
+                "that keeps the complement"
             )
         if getattr(self.preconditioner, "iterative", False):
             raise PlanError(
@@ -141,7 +144,7 @@ class ConjugateGradientState(OperatorState):
         """Block → (C_b+μ_bI)⁻¹ V_b in float64.
 
         Raises:
-            SolverError: negative curvature, with the damping that is needed at least.
+            SolverError: negative curvature, with the damping that is needed at least; no damping of a singular one.
         """
         system = JointSystem(
             self.curvature, self.preconditioner, {block: v.shape[0] for block, v in vectors.items()}, shifts
@@ -167,6 +170,7 @@ class ConjugateGradientState(OperatorState):
             products=system.products,
         )
         if not bool(converged.all()):
+            self._refuse_singular(residual, converged, shifts)
             self._warn(residual, iterations, converged)
         return Solution(values, residual, iterations, converged)
 
@@ -179,6 +183,15 @@ class ConjugateGradientState(OperatorState):
                 return method(system.apply, right, solver.rtol, solver.atol, solver.maxiter, precondition, bar.step)
             return refined_solve(
                 method, system.apply, right, solver.rtol, solver.atol, solver.maxiter, precondition, bar.step
+            )
+
+    def _refuse_singular(self, residual: Tensor, converged: Tensor, shifts: Shifts) -> None:
+        undamped = [block for block, shift in shifts.items() if shift == 0]
+        largest = float(residual[~converged].max())
+        if undamped and largest > SINGULAR_RESIDUAL:
+            raise SolverError(
+                f"conjugate gradients left a relative residual of {largest:.2g} at damping 0 of block {undamped[0]!r}: "
+                "the curvature is singular, or too near to it, and has no inverse there: use a damping > 0"
             )
 
     def _warn(self, residual: Tensor, iterations: Tensor, converged: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from refluence.curvature import Curvature, Vectors
@@ -83,14 +84,17 @@ class DenseState(OperatorState):
         if isinstance(system, SymmetricMatrix) and (block, shift) not in self._warned:
             self._warned.add((block, shift))
             below = int((system.eigenvalues < -shift).sum())
-            self.diagnostics.setdefault("negative_eigenvalues", {})[block] = int((system.eigenvalues < 0).sum())
+            rounding = system.size * np.finfo(np.float64).eps * abs(system.eigenvalues).max()
+            negative = int((system.eigenvalues < -rounding).sum())
+            self.diagnostics.setdefault("negative_eigenvalues", {})[block] = negative
             self.diagnostics.setdefault("negative_shifted", {})[block] = below
             if below:
+                other = '"fisher"' if self.curvature.name == "ggn" else '"ggn"'
                 warnings.warn(
                     f"the damped {self.curvature.name} of block {block!r} has {below} of {system.size} negative "
                     f"eigenvalues, the smallest {system.eigenvalues[0] + shift:.3g}: the model is at no minimum, and "
                     f"scores need not be effects of removal. Use a damping above {-system.eigenvalues[0]:.3g}, or "
-                    'the curvature "ggn"',
+                    f"the curvature {other}",
                     stacklevel=2,
                 )
         return system

@@ -55,7 +55,8 @@ class HarmonicMean:
         """N·n inner products, and their products with the tests'."""
         if w.q is None:
             return Cost.impossible(
-                'it is a mean over the gradients of single examples: use curvature "fisher" or "mc_fisher"'
+                "the curvature has no rows, single gradients of which it would be a mean: use "
+                'curvature "fisher" or "mc_fisher"'
             )
         rows, blocks = w.n * w.q, len(w.dimensions)
         return Cost(

@@ -12,7 +12,8 @@ from torch import Tensor
 from refluence.curvature import OuterCurvature, Vectors
 from refluence.curvature.kronecker import KINDS, KroneckerBlock, Rotated, rotated
 from refluence.curvature.layer_factors import Layer
-from refluence.gradients.blocks import JointBlock, accumulation_dtype, gather, scatter
+from refluence.gradients.blocks import accumulation_dtype
+from refluence.gradients.joint import JointBlock, gather, scatter
 from refluence.gradients.rows import GradientRows
 from refluence.solvers.kronecker_products import LayerScores
 from refluence.solvers.state import CHUNK_BYTES, OperatorState, Shifts, Solution, refuse_singular

@@ -61,7 +61,9 @@ class LowRankState(OperatorState):
     def _describe(self) -> None:
         pairs = self.pairs
         self.diagnostics["rank"] = {block: pair.values.numel() for block, pair in pairs.items()}
-        self.diagnostics["negative_eigenvalues"] = {block: int((p.values < 0).sum()) for block, p in pairs.items()}
+        self.diagnostics["negative_eigenvalues"] = {
+            block: int((pair.values < -_rounding(pair)).sum()) for block, pair in pairs.items()
+        }
         measured = {block: p.residuals for block, p in pairs.items() if p.residuals is not None}
         if measured:
             self.diagnostics["largest_ritz_residual"] = {b: float(r.max()) for b, r in measured.items()}
@@ -97,8 +99,7 @@ class LowRankState(OperatorState):
                 f"{block!r} without curvature, so there is no inverse at damping 0: use a damping > 0"
             )
         shifted = values + shift
-        floor = ROUNDING * torch.finfo(pair.vectors.dtype).eps * float(values.abs().max())
-        if bool((shifted.abs() <= floor).any()):
+        if bool((shifted.abs() <= _rounding(pair)).any()):
             nearest = float(values[shifted.abs().argmin()])
             raise SolverError(
                 f"block {block!r} has the eigenvalue {nearest:.6g}, so curvature + damping is singular at damping "
@@ -186,6 +187,11 @@ class LowRankState(OperatorState):
             if self.complement and not pair.full:
                 total += self._outside_norms[block] / shifts[block] ** power
         return total if self.curvature.weights is None else total * self.curvature.weights.to(total) ** power
+
+
+def _rounding(pair: Eigenpairs) -> float:
+    """What an eigenvalue that is zero may be found to be."""
+    return ROUNDING * torch.finfo(pair.vectors.dtype).eps * float(pair.values.abs().max())
 
 
 def exported_pairs(tensors: Mapping[str, Tensor]) -> dict[str, Eigenpairs]:

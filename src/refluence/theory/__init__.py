@@ -5,4 +5,9 @@ from refluence.theory.spectrum import SpectralMeasure, damping_for, effective_di
 
 __all__ = [
     "SpectralMeasure",
-    "corrected_damping", "damping_for", "effective_dimension", "implied_damping", "numerical_rank"]
+    "corrected_damping",
+    "damping_for",
+    "effective_dimension",
+    "implied_damping",
+    "numerical_rank",
+]
