@@ -58,11 +58,11 @@ class OuterCurvature(Curvature):
         out = {block: torch.zeros_like(v) for block, v in vectors.items()}
         for start, blocks in self.features:
             for block, v in vectors.items():
-                products = blocks[block].matvec(v)
+                products = blocks[block].matvec(v).div_(self.n)
                 if (weights := self.feature_weights(start, products.shape[0])) is not None:
                     products = products * weights[:, None].to(products)
-                out[block] += blocks[block].rmatvec(products)
-        return {block: total.div_(self.n) for block, total in out.items()}
+                blocks[block].add_rmatvec(out[block], products)
+        return out
 
     def sampled(self, rows: Int64[Tensor, " b"], vectors: Vectors) -> Vectors:
         """Block → (1/b) Σ_{i ∈ rows} w_i C_i V."""
@@ -86,7 +86,7 @@ class OuterCurvature(Curvature):
                 sums = part.matvec(v)
                 if weights is not None:
                     sums = sums * weights[:, None].to(sums)
-                out[block] += part.rmatvec(sums)
+                part.add_rmatvec(out[block], sums)
         return {block: total.div_(rows.numel()) for block, total in out.items()}
 
     def _dense(self, block: str) -> Float[Tensor, "d d"]:

@@ -73,8 +73,8 @@ class GradientBlock(ABC):
         """Inner products of every gradient with k vectors."""
 
     @abstractmethod
-    def rmatvec(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "d k"]:
-        """k weighted sums of the gradients."""
+    def add_rmatvec(self, out: Float[Tensor, "d k"], weights: Float[Tensor, "n k"]) -> None:
+        """Add k weighted sums of the gradients to `out`, in its dtype, which is that of the weights."""
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> GradientBlock:
@@ -109,6 +109,12 @@ class GradientBlock(ABC):
         """Inner products with the gradients of `other`, computed in `dtype`."""
         out = torch.zeros(self.n, other.n, dtype=dtype, device=self.device)
         self.add_gram(out, other)
+        return out
+
+    def rmatvec(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "d k"]:
+        """k weighted sums of the gradients, each contiguous."""
+        out = torch.zeros(weights.shape[1], self.d, dtype=weights.dtype, device=weights.device).T
+        self.add_rmatvec(out, weights)
         return out
 
     def sketch(self, projection: Projection) -> Float[Tensor, "n m"]:
@@ -177,9 +183,9 @@ class DenseBlock(GradientBlock):
         """Inner products of every gradient with k vectors."""
         return self.values.to(vectors.dtype) @ vectors
 
-    def rmatvec(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "d k"]:
-        """k weighted sums of the gradients."""
-        return self.values.to(weights.dtype).T @ weights
+    def add_rmatvec(self, out: Float[Tensor, "d k"], weights: Float[Tensor, "n k"]) -> None:
+        """Add k weighted sums of the gradients to `out`."""
+        out.T.addmm_(weights.T, self.values.to(weights.dtype))
 
     def rows(self, start: int, stop: int) -> DenseBlock:
         """The gradients of examples [start, stop)."""
@@ -239,9 +245,8 @@ class ZeroBlock(GradientBlock):
         """Zeros."""
         return vectors.new_zeros(self.n, vectors.shape[1])
 
-    def rmatvec(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "d k"]:
-        """Zeros."""
-        return weights.new_zeros(self.d, weights.shape[1])
+    def add_rmatvec(self, out: Float[Tensor, "d k"], weights: Float[Tensor, "n k"]) -> None:
+        """Nothing to add."""
 
     def rows(self, start: int, stop: int) -> ZeroBlock:
         """The same zeros for fewer examples."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refluence.gradients.blocks import GradientBlock, Projection, ZeroBlock
 from refluence.gradients.factors import OneHot
-from refluence.gradients.outer import OuterBlock, matrix_products, matrix_sums
+from refluence.gradients.outer import OuterBlock, add_matrix_sums, matrix_products
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,14 @@ class FanBlock(GradientBlock):
         rows, columns = shared.rows.to(vectors.dtype), shared.columns.to(vectors.dtype)
         return matrix_products(rows, columns, vectors, shared.bias).flatten(0, 1)
 
-    def rmatvec(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "d k"]:
-        """k weighted sums of the gradients."""
+    def add_rmatvec(self, out: Float[Tensor, "d k"], weights: Float[Tensor, "n k"]) -> None:
+        """Add k weighted sums of the gradients to `out`."""
         if (shared := self.shared) is None:
-            sums = None
             for span, part in self._spans():
-                product = part.rmatvec(weights[span])
-                sums = product if sums is None else sums.add_(product)
-            assert sums is not None
-            return sums
+                part.add_rmatvec(out, weights[span])
+            return
         rows, columns = shared.rows.to(weights.dtype), shared.columns.to(weights.dtype)
-        return matrix_sums(rows, columns, weights.reshape(*rows.shape[:2], -1), shared.bias)
+        add_matrix_sums(out, rows, columns, weights.reshape(*rows.shape[:2], -1), shared.bias)
 
     def rows(self, start: int, stop: int) -> GradientBlock:
         """Rows [start, stop)."""

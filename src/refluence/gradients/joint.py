@@ -64,12 +64,15 @@ class JointBlock(GradientBlock):
             total += block.matvec(gather(vectors, stretches))
         return total
 
-    def rmatvec(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "d k"]:
-        """k weighted sums of the gradients."""
-        out = torch.empty(weights.shape[1], self.d, dtype=weights.dtype, device=weights.device).T
+    def add_rmatvec(self, out: Float[Tensor, "d k"], weights: Float[Tensor, "n k"]) -> None:
+        """Add k weighted sums of the gradients to `out`."""
         for block, stretches in zip(self.blocks, self.columns, strict=True):
-            scatter(out, block.rmatvec(weights), stretches)
-        return out
+            if _contiguous(stretches):
+                block.add_rmatvec(gather(out, stretches), weights)
+                continue
+            own = block.rmatvec(weights)
+            for start, length, at in stretches:
+                out[at : at + length] += own[start : start + length]
 
     def rows(self, start: int, stop: int) -> JointBlock:
         """The gradients of examples [start, stop)."""

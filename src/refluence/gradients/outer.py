@@ -174,15 +174,14 @@ class OuterBlock(GradientBlock):
             total += values.to(vectors.dtype) @ vectors[start : start + values.shape[1]]
         return total
 
-    def rmatvec(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "d k"]:
-        """k weighted sums of the gradients."""
+    def add_rmatvec(self, out: Float[Tensor, "d k"], weights: Float[Tensor, "n k"]) -> None:
+        """Add k weighted sums of the gradients to `out`."""
         if (single := self.single) is not None:
             rows, columns = (factor.to(weights.dtype) for factor in single)
-            return matrix_sums(rows[None], columns, weights[None], self.bias)
-        out = torch.empty(weights.shape[1], self.d, dtype=weights.dtype, device=weights.device).T
+            add_matrix_sums(out, rows[None], columns, weights[None], self.bias)
+            return
         for start, values in self.chunks(max(1, CHUNK_ELEMENTS // max(1, self.n))):
-            out[start : start + values.shape[1]] = values.to(weights.dtype).T @ weights
-        return out
+            out[start : start + values.shape[1]] += values.to(weights.dtype).T @ weights
 
     def rows(self, start: int, stop: int) -> OuterBlock:
         """The gradients of examples [start, stop)."""
@@ -246,18 +245,24 @@ def matrix_products(
     return out + rows @ vectors[weight:] if bias else out
 
 
-def matrix_sums(
-    rows: Float[Tensor, "q b R"], columns: Float[Tensor, "b C"], weights: Float[Tensor, "q b k"], bias: bool
-) -> Float[Tensor, "d k"]:
-    """Σ_b (Σ_q u_qbk row_qb) ⊗ column_b (and Σ row_qb u_qbk) for k sums, one matrix product for all of them."""
+def add_matrix_sums(
+    total: Float[Tensor, "d k"],
+    rows: Float[Tensor, "q b R"],
+    columns: Float[Tensor, "b C"],
+    weights: Float[Tensor, "q b k"],
+    bias: bool,
+) -> None:
+    """Add Σ_b (Σ_q u_qbk row_qb) ⊗ column_b (and Σ row_qb u_qbk) for k sums, one matrix product for all of them."""
     (_, b, width), length, k = rows.shape, columns.shape[1], weights.shape[2]
-    weight = width * length
-    out = torch.empty(k, weight + (width if bias else 0), dtype=weights.dtype, device=weights.device)
+    weight, out = width * length, total.T
     step = max(1, CHUNK_ELEMENTS // max(1, b * width))
     for first in range(0, k, step):
         some = slice(first, min(first + step, k))
-        combined = torch.einsum("qbr,qbk->krb", rows, weights[:, :, some])
-        out[some, :weight] = torch.matmul(combined, columns).flatten(1)
+        if rows.shape[0] == 1:
+            combined = weights[0, :, some, None] * rows[0, :, None]
+        else:
+            combined = torch.bmm(weights[:, :, some].permute(1, 2, 0), rows.transpose(0, 1))  # (b, k, R)
+        sums = combined.flatten(1).T @ columns
+        out[some, :weight].add_(sums.unflatten(0, (-1, width)).flatten(1))
         if bias:
-            out[some, weight:] = combined.sum(dim=2)
-    return out.T
+            out[some, weight:].add_(combined.sum(dim=0))

@@ -136,6 +136,11 @@ class ConjugateGradientState(OperatorState):
         name = None if solver.preconditioner is None else type(solver.preconditioner).__name__
         self.diagnostics.update(method="block" if solver.block else "columns", preconditioner=name)
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The gradients' dtype: its rounding is far below any tolerance of the solve."""
+        return self.curvature.dtype
+
     def export(self) -> dict[str, Tensor]:
         """The preconditioner's tensors."""
         return {} if self.preconditioner is None else dict(self.preconditioner.export())

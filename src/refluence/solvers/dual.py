@@ -108,7 +108,10 @@ class WoodburyState(GramState):
             yield block, scale_rows(values, self.curvature.weights).T
 
     def deviations(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]] | None:
-        """Block → standard error over the sampled labels, of first order: dτ = −vᵀ(C+μ)⁻¹ dC (C+μ)⁻¹g."""
+        """Block → standard error over the sampled labels, of first order in each row left out and drawn again.
+
+        dτ = −vᵀ(C'+μ)⁻¹ dC (C+μ)⁻¹g with C' the curvature without the row, (C'+μ)⁻¹f = (C+μ)⁻¹f/(1 − its leverage).
+        """
         return self._deviations(tests, shifts) if self.samples > 1 else None
 
     def _deviations(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]]:
@@ -119,6 +122,8 @@ class WoodburyState(GramState):
             # By push-through these are √W F (C+μ)⁻¹ applied to the test and train gradients.
             left = system.solve(scale_rows(with_tests.pop(block), self.roots), shift)
             right = system.solve(scale_rows(with_train.pop(block), self.roots), shift)
+            # Without a row its own influence is larger by 1/(1 − leverage), which the row's presence hides.
+            left /= (shift * system.inverse_diagonal(shift))[:, None]
             variance = sampling_variance(left[order], right[order], self.n)
             yield block, scale_rows(variance.sqrt_().T.contiguous(), self.curvature.weights).T
 

@@ -21,6 +21,8 @@ class JointSystem:
 
     def join(self, vectors: Vectors) -> Float[Tensor, "d k"]:
         """One matrix, each column contiguous."""
+        if len(vectors) == 1:
+            return next(iter(vectors.values()))
         return torch.cat([vectors[block].T for block in self.sizes], dim=1).T
 
     def split(self, joint: Float[Tensor, "d k"]) -> Vectors:
@@ -32,9 +34,7 @@ class JointSystem:
         self.products += 1
         vectors = self.split(joint)
         products = self.curvature.matvec(vectors)
-        return self.join(
-            {block: torch.add(products[block], v, alpha=self.shifts[block]) for block, v in vectors.items()}
-        )
+        return self.join({block: products[block].add_(v, alpha=self.shifts[block]) for block, v in vectors.items()})
 
     def precondition(self, joint: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
         """The preconditioner's solution, in the dtype given."""
