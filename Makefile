@@ -25,7 +25,7 @@ demo: setup
 	$(BIN)/refluence demo --out demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks

@@ -1,6 +1,7 @@
 """The Fisher of sampled labels: the same labels on every split, and standard errors that mean what they say."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -34,14 +35,12 @@ def test_sampled_labels_do_not_depend_on_the_batches():
     assert not torch.allclose(sampling(2, 8)[3].values, expected.values)
 
 
-def test_the_standard_errors_cover_the_true_fisher_as_often_as_they_claim():
-    """68.3 % within one, 95.4 % within two, over entries and seeds; entries share their samples, hence the ± 7 points.
-
-    With 40 examples it takes many samples each, because the error is of first order.
-    """
+@pytest.mark.parametrize(("n", "samples"), [(150, 2), (40, 8)])
+def test_the_standard_errors_cover_the_true_fisher_as_often_as_they_claim(n, samples):
+    """68.3 % within one, 95.4 % within two, over entries and seeds; entries share samples, hence the ± 7 points."""
     inside = {1: [], 2: []}
     for seed in range(25):
-        model, train, test, scores = sampling(32, seed)
+        model, train, test, scores = sampling(samples, seed, n=n)
         if seed == 0:
             exact = expected_scores(model, train, test, "true_fisher", 0.05, "cross_entropy")[0]
         for k, found in inside.items():

@@ -68,3 +68,29 @@ def test_no_solution_and_too_few_steps_are_reported(method):
     found = refined_solve(method, Mixed(matrix(torch.logspace(0, -4, 60))), normal(60, 3), 1e-8, 0.0, 5)
     assert not found.converged.any()
     assert (found.iterations == 5).all()
+
+
+@methods
+def test_for_a_loose_tolerance_few_columns_are_measured_in_float64(method):
+    A, b = matrix(torch.logspace(0, -2, 60)), normal(60, 40, seed=1)
+    b[:, 7] = 0
+    product = Mixed(A)
+    found = refined_solve(method, product, b, 1e-3, 0.0, 4000)
+    lengths = b.norm(dim=0).clamp_min(1e-300)
+    residual = (b - A @ found.value).norm(dim=0) / lengths
+    assert found.converged.all()
+    assert (residual <= found.residual).all()
+    assert (found.residual <= 1e-3).all()
+    assert found.residual[7] == 0
+    assert product.columns[torch.float64] == 8
+
+
+@methods
+def test_where_float32_cannot_measure_a_loose_tolerance_float64_does(method):
+    A, b = matrix(torch.logspace(0, -7, 40)), normal(40, 6, seed=1)
+    product = Mixed(A)
+    found = refined_solve(method, product, b, 1e-4, 0.0, 4000)
+    residual = (b - A @ found.value).norm(dim=0) / b.norm(dim=0)
+    assert found.converged.all()
+    assert (residual <= 1e-4).all()
+    assert product.columns[torch.float64] > 6

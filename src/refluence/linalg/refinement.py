@@ -21,10 +21,10 @@ ROUND_SHARE = 4
 """A round in float32 takes at most one in so many of all steps, lest it wander in its rounding."""
 
 SINGLE_RTOL = 1e-4
-"""The smallest tolerance for which residuals may be measured in float32, if that is seen to be enough."""
+"""The smallest tolerance for which a recursion in float32 may do, if its residuals are seen to be true."""
 
 SPOT_CHECKS = 8
-"""Columns whose residual is measured in float64 to see how far those in float32 are off."""
+"""Columns whose residual is measured in float64 to see how far the recursion's are off."""
 
 MARGIN = {torch.float32: 0.5, torch.float64: 0.99}
 """The share of the tolerance that a round aims at, so that its own residual may be off by the rest."""
@@ -42,8 +42,9 @@ def refined_solve(
 ) -> ColumnSolution:
     """A⁻¹B by rounds of `method` on the residual of what was found, in float32, with residuals in float64.
 
-    For a tolerance of 1e-4 or more the residuals are measured in float32, and in float64 for a few columns spread over
-    all: twice the largest difference is added to every one. Only where that is too much, float64 rounds follow.
+    For a tolerance of 1e-4 or more the residuals are those of the float32 recursion, and the true ones are measured in
+    float64 for a few columns spread over all: twice the largest difference is added to every one. Only where that is
+    too much, rounds follow in which every column is measured.
 
     A round in float32 that gains too little is followed by rounds in float64. A column that one of those does not halve
     is given back as it is, with `converged` False.
@@ -119,10 +120,10 @@ def _single(
     precondition: Apply | None,
     on_step: OnStep | None,
 ) -> ColumnSolution:
-    """One solve in float32, with residuals that are at least the true ones as far as the checked columns show."""
+    """One solve in float32, with the residuals of its recursion and what the checked columns show them to be off."""
     scale = unit * target
     scaled = (right / scale).float()
-    found = method(apply, scaled, 0.0, MARGIN[torch.float32], maxiter, precondition, on_step)
+    found = method(apply, scaled, 0.0, MARGIN[torch.float32], maxiter, precondition, on_step, measured=False)
     k = right.shape[1]
     some = torch.linspace(0, k - 1, min(k, SPOT_CHECKS), device=right.device).round().long().unique()
     value = found.value[:, some].double() * scale[some]
