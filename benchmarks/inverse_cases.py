@@ -211,7 +211,7 @@ def _kronecker(size: Size, damping: float) -> list[Case]:
             )
             for batch in (size.n_train // 10, size.n_train)
         ),
-        pydvl("pydvl-ekfac", "ekfac", "EK-FAC", size, damping, "EkfacInfluence", "true_fisher", update_diagonal=True),
+        pydvl("pydvl-ekfac", "ekfac", "EK-FAC", size, damping, "EkfacInfluence", "true_fisher", update_diagonal=False),
         dattri("dattri-ekfac", "ekfac", "IFAttributorEKFAC", damping, "fisher", method="ekfac", no_grad=False),
     ]
 

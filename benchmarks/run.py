@@ -30,7 +30,10 @@ def main() -> int:
         sys.exit(f"--only knows {', '.join(ITEMS)}; not {', '.join(unknown)}")
     full = chosen == list(ITEMS) and not options.quick and options.damping == DAMPING
     document = options.out or (DOCUMENT if full else folder / "benchmarks.md")
-    if not options.render:
+    if options.again:
+        found = measure_again(folder, options.again.split(","))
+        (folder / "results.json").write_text(json.dumps(found, indent=1))
+    elif not options.render:
         size = QUICK if options.quick else FULL
         found = measure(folder, size, chosen, options.damping, options.repetitions)
         (folder / "results.json").write_text(json.dumps(found, indent=1))
@@ -49,6 +52,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--damping", type=float, default=DAMPING, help="λ of every method (default %(default)g)")
     parser.add_argument("--repetitions", type=int, help="at most so many of each case")
     parser.add_argument("--render", action="store_true", help="write the report again from the last results")
+    parser.add_argument("--again", help="measure these cases again, and keep the last run's results of the others")
     parser.add_argument("--out", type=Path, help="write the report there")
     return parser.parse_args()
 
@@ -89,6 +93,24 @@ def measure(folder: Path, size: Size, chosen: list[str], damping: float, repetit
         "compared": compared,
         "minutes": (time.perf_counter() - start) / 60,
     }
+
+
+def measure_again(folder: Path, names: list[str]) -> dict[str, Any]:
+    """The last run's results, with those of some cases replaced."""
+    found = json.loads((folder / "results.json").read_text())
+    size, damping = Size(**found["size"]), found["damping"]
+    table = {case.name: case for case in cases(size, damping)}
+    if unknown := set(names) - set(table):
+        sys.exit(f"--again knows {', '.join(table)}; not {', '.join(sorted(unknown))}")
+    known = {case["name"]: case["runs"] for case in found["cases"]}
+    for name in names:
+        known[name] = [_measure(folder, table[name])]
+    present = [case for case in table.values() if case.name in known]
+    paths = {name: str(_scores(folder, f"reference-{name}")) for name in ("fisher", "ggn", "unsure")}
+    found["compared"] = _compare(folder, present, known, paths)
+    found["cases"] = [vars(case) | {"runs": known[case.name]} for case in present]
+    found["again"] = sorted(set(found.get("again", [])) | set(names))
+    return found
 
 
 def _measure(folder: Path, case: Case) -> dict[str, Any]:

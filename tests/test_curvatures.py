@@ -122,9 +122,10 @@ def test_the_sampled_fisher_is_near_the_exact_one_and_its_error_says_how_near(mo
 def test_the_error_falls_as_the_root_of_the_samples(model):
     few, many = (
         fitted(model, "mc_fisher", rf.solvers.Gram(), samples=s).score(TEST).error.square().mean().sqrt()
-        for s in (4, 64)
+        for s in (64, 256)
     )
-    assert float(few / many) == pytest.approx(4.0, rel=0.35)
+    # with few samples the rows have high leverage, and the error is larger than that of first order
+    assert float(few / many) == pytest.approx(2.0, rel=0.25)
 
 
 def test_one_sample_has_no_error_and_other_seeds_other_labels(model):

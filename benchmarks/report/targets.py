@@ -92,6 +92,9 @@ def _inverses(found: Found) -> list[Target]:
         _against(
             found, "pyDVL LiSSA ÷ LiSSA, same settings, empirical Fisher", "pydvl-lissa-fisher", "lissa-fisher", 3
         ),
+        _against(
+            found, "pyDVL LiSSA ÷ LiSSA as it sets itself, empirical Fisher", "pydvl-lissa-fisher", "lissa-auto", 3
+        ),
         _against(found, "pyDVL Arnoldi ÷ Arnoldi, both on the Hessian", "pydvl-arnoldi", "arnoldi-hessian", 3),
         _against(found, "pyDVL Arnoldi ÷ Arnoldi, GGN for the Hessian", "pydvl-arnoldi", "arnoldi-ggn", 3),
         _against(found, "pyDVL Nyström ÷ Nyström, GGN for the Hessian", "pydvl-nystroem", "nystroem-ggn", 3),

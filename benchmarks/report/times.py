@@ -18,6 +18,7 @@ def head(found: Found) -> str:
         ("Memory", described["memory"]),
         ("System", described["system"]),
         ("Load before the start", described["load before"]),
+        ("Measured again, after the others", ", ".join(found.results.get("again", [])) or "nothing"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in results["versions"].items())),
         ("Length of the run", f"{results['minutes']:.0f} minutes"),
     ]

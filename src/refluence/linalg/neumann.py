@@ -50,7 +50,7 @@ def neumann_solve(
     sums = vectors.clone()
     norms = torch.linalg.vector_norm(vectors, dim=0, dtype=torch.float64)
     for t in track(range(1, depth + 1)):
-        sums = torch.add(vectors, torch.sub(sums, apply(sums), alpha=1.0 / scale))
+        sums.sub_(apply(sums), alpha=1.0 / scale).add_(vectors)
         # Reading a number back waits for the device.
         if t % CHECK_EVERY == 0 or t == depth:
             sizes = torch.linalg.vector_norm(sums, dim=0, dtype=torch.float64)

@@ -246,7 +246,7 @@ class LissaState(OperatorState):
             rows = torch.randperm(self.n, generator=generator)[:size]
             vectors = system.split(joint)
             products = draw(rows.to(joint.device), vectors)
-            return system.join({b: torch.add(products[b], v, alpha=system.shifts[b]) for b, v in vectors.items()})
+            return system.join({b: products[b].add_(v, alpha=system.shifts[b]) for b, v in vectors.items()})
 
         return product
 
