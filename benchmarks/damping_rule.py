@@ -19,6 +19,7 @@ from scipy.stats import rankdata
 import refluence as rf
 from refluence.progress import track
 from refluence.zoo import load_benchmark
+from refluence.zoo.benchmark import Benchmark
 from refluence.zoo.models import build_model
 from refluence.zoo.training import evaluate, train
 
@@ -49,6 +50,16 @@ def lds(scores: np.ndarray, masks: np.ndarray, losses: np.ndarray) -> tuple[floa
     return float(correlations.mean()), float(correlations.std(ddof=1) / np.sqrt(len(correlations)))
 
 
+def trained_for(dataset: str, model: str, epochs: int | None) -> Benchmark:
+    """A benchmark with its model, trained for another number of epochs than the published one if that is asked for."""
+    benchmark = load_benchmark(dataset, model)
+    if epochs is None:
+        return benchmark
+    recipe = dataclasses.replace(benchmark.recipe, epochs=epochs)
+    shorter = train(lambda: build_model(dataset, model), benchmark.train, recipe)
+    return dataclasses.replace(benchmark, task=rf.Task(shorter), recipe=recipe)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="mnist")
@@ -56,11 +67,7 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=50)
     parser.add_argument("--epochs", type=int, help="train for so many epochs instead of the published number")
     arguments = parser.parse_args()
-    benchmark = load_benchmark(arguments.dataset, arguments.model)
-    if arguments.epochs is not None:
-        recipe = dataclasses.replace(benchmark.recipe, epochs=arguments.epochs)
-        shorter = train(lambda: build_model(arguments.dataset, arguments.model), benchmark.train, recipe)
-        benchmark = dataclasses.replace(benchmark, task=rf.Task(shorter), recipe=recipe)
+    benchmark = trained_for(arguments.dataset, arguments.model, arguments.epochs)
     masks, losses = ground_truth(arguments.dataset, arguments.model, benchmark, arguments.models)
     influence = rf.Influence(benchmark.task, solver=rf.solvers.Gram()).fit(benchmark.train)
     automatic = float(influence.damping)

@@ -6,14 +6,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 
 import refluence as rf
-from benchmarks.damping_rule import ground_truth, lds
-from refluence.zoo import load_benchmark
-from refluence.zoo.models import build_model
-from refluence.zoo.training import evaluate, train
+from benchmarks.damping_rule import ground_truth, lds, trained_for
+from refluence.zoo.training import evaluate
 
 EKFAC = rf.solvers.Ekfac()
 METHODS = [
@@ -43,11 +40,7 @@ def main() -> None:
     parser.add_argument("--damping", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1])
     parser.add_argument("--epochs", type=int, help="train for so many epochs instead of the published number")
     arguments = parser.parse_args()
-    benchmark = load_benchmark(arguments.dataset, arguments.model)
-    if arguments.epochs is not None:
-        recipe = dataclasses.replace(benchmark.recipe, epochs=arguments.epochs)
-        shorter = train(lambda: build_model(arguments.dataset, arguments.model), benchmark.train, recipe)
-        benchmark = dataclasses.replace(benchmark, task=rf.Task(shorter), recipe=recipe)
+    benchmark = trained_for(arguments.dataset, arguments.model, arguments.epochs)
     test = tuple(part[: arguments.tests] for part in benchmark.test)
     masks, losses = ground_truth(arguments.dataset, arguments.model, benchmark, arguments.models)
     losses = losses[:, : arguments.tests]

@@ -15,7 +15,7 @@ from refluence.batches import Batches, Data
 from refluence.columns import checked_weights
 from refluence.curvature import Curvature
 from refluence.curvature.build import CURVATURES, make_curvature
-from refluence.curvature.outputs import IndefiniteLossError, root_count, sampled_gradients, true_fisher_roots
+from refluence.curvature.outputs import IndefiniteLossError, root_count
 from refluence.damping import DampingChoice
 from refluence.errors import RefluenceError
 from refluence.execution import Execution
@@ -57,8 +57,6 @@ class Settings:
     execution: Execution
 
     def __post_init__(self) -> None:
-        if not isinstance(self.task, Task):
-            raise RefluenceError(f"`task` must be an rf.Task, not {type(self.task).__name__}")
         if self.curvature not in CURVATURES:
             raise RefluenceError(
                 "curvature must be "
@@ -185,14 +183,10 @@ def _features(settings: Settings, capture: Capture, sample: Batches, n: int, bud
         return 1, 0.0
     if name == "hessian":
         return None, 0.0
-    [(start, batch)] = list(capture.running(sample))
+    [(_, batch)] = list(capture.running(sample))
     with capture.ready(), torch.no_grad():
         output = capture.task.output(capture.model, batch)
         outputs = root_count(capture.task, output)
-        if name == "mc_fisher":
-            sampled_gradients(capture.task, output, batch, start, 1, settings.seed)
-        elif name == "true_fisher" and outputs <= MOST_OUTPUTS:
-            true_fisher_roots(capture.task, output, batch)
     q = settings.samples if name == "mc_fisher" else outputs
     if name != "mc_fisher" and q > MOST_OUTPUTS:
         return None, 0.0

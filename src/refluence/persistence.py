@@ -127,7 +127,7 @@ def load(path: Path, task: Task) -> Influence:
         for name, tensor in tensors.items()
     }
     if spectra := _under("spectrum/", tensors):
-        curvature._spectra = {block: SpectralMeasure(*rows.cpu().numpy()) for block, rows in spectra.items()}
+        curvature.known_spectra = {block: SpectralMeasure(*rows.cpu().numpy()) for block, rows in spectra.items()}
     solver: Any = settings.solver
     state = solver.restore(curvature, _under("state/", tensors))
     state.diagnostics = {**record["diagnostics"], **state.diagnostics}
@@ -170,7 +170,7 @@ def _record(influence: Influence) -> dict[str, Any]:
 def _state_tensors(fit: Fit) -> dict[str, Tensor]:
     tensors = {f"state/{name}": tensor for name, tensor in fit.state.export().items()}
     # An estimated spectrum takes many products, and every manifest asks for the effective dimension.
-    for block, measure in (fit.curvature._spectra or {}).items():
+    for block, measure in (fit.curvature.known_spectra or {}).items():
         tensors[f"spectrum/{block}"] = torch.from_numpy(np.stack([measure.values, measure.counts]))
     return tensors
 

@@ -94,3 +94,14 @@ def test_where_float32_cannot_measure_a_loose_tolerance_float64_does(method):
     assert found.converged.all()
     assert (residual <= 1e-4).all()
     assert product.columns[torch.float64] > 6
+
+
+@methods
+def test_a_loose_tolerance_that_is_missed_is_gone_on_with_and_not_begun_again(method):
+    A, b = matrix(torch.logspace(0, -1, 60)), normal(60, 2, seed=1)
+    found = refined_solve(method, Mixed(A), b, 1e-4, 0.0, 8)
+    residual = (b - A @ found.value).norm(dim=0) / b.norm(dim=0)
+    assert not found.converged.any()
+    assert (found.iterations <= 8).all()
+    assert (residual < 0.5).all()
+    torch.testing.assert_close(found.residual, residual, rtol=1e-6, atol=0)

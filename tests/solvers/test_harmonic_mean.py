@@ -57,8 +57,6 @@ def test_every_form_is_the_mean_of_inverses(name, q, blocks, weighted, batch_siz
     state = HarmonicMean().prepare(problem.curvature)
     inverses = inverses_of(problem, shifts)
     problem.check(state, inverses, shifts, 1e-7)
-    expected = sum(len(H) - shifts[b] * float(H.trace()) for b, H in inverses.items())
-    assert state.harmonic_dimension(shifts) == pytest.approx(expected, rel=1e-8)
 
 
 @problems

@@ -34,7 +34,7 @@ class Curvature(ABC):
     def __init__(self, name: str, rows: GradientRows, weights: Float[Tensor, " n"] | None, positive: bool) -> None:
         self.name, self.rows, self.positive = name, rows, positive
         self.weights = weights
-        self._spectra: dict[str, SpectralMeasure] | None = None
+        self.known_spectra: dict[str, SpectralMeasure] | None = None
 
     @property
     def n(self) -> int:
@@ -116,18 +116,13 @@ class Curvature(ABC):
         """Block → the diagonal of C_b, in float64."""
         return {block: self._dense(block).diagonal() for block in self.groups}
 
-    @property
-    def spectra_known(self) -> bool:
-        """Whether the spectra have been made."""
-        return self._spectra is not None
-
     def spectra(self) -> dict[str, SpectralMeasure]:
         """Block → the spectrum: exact where d or the number of rows is small, else by stochastic Lanczos quadrature."""
-        if self._spectra is None:
+        if self.known_spectra is None:
             from refluence.curvature.spectrum import spectrum_of
 
-            self._spectra = {block: spectrum_of(self, block) for block in self.groups}
-        return self._spectra
+            self.known_spectra = {block: spectrum_of(self, block) for block in self.groups}
+        return self.known_spectra
 
     def traces(self) -> dict[str, float]:
         """Block → tr C_b."""

@@ -52,21 +52,11 @@ class Layer:
 
 def layers_of(capture: Capture) -> tuple[Layer, ...]:
     """The layers in the order of `JointBlock.blocks`, group by group."""
-    layers = []
-    for group, names in capture.groups.items():
-        offsets, total = {}, 0
-        for name in names:
-            offsets[name] = total
-            total += capture.shapes[name].numel()
-        chosen = [route for route in capture.routes if route.owner.names[0] in offsets]
-        for place, route in enumerate(chosen):
-            own, stretches = 0, []
-            for name in route.owner.names:
-                size = capture.shapes[name].numel()
-                stretches.append((own, size, offsets[name]))
-                own += size
-            layers.append(Layer(group, place, route, tuple(stretches)))
-    return tuple(layers)
+    return tuple(
+        Layer(group, place, route, columns)
+        for group, layers in capture.layout.items()
+        for place, (route, columns) in enumerate(layers)
+    )
 
 
 def factored_batches(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from refluence.curvature.base import Curvature, Vectors
 from refluence.errors import PlanError
-from refluence.gradients.blocks import CHUNK_ELEMENTS
+from refluence.gradients.blocks import CHUNK_ELEMENTS, GradientBlock
 from refluence.gradients.rows import GradientRows
 from refluence.gradients.selection import select_rows
 
@@ -57,11 +57,9 @@ class OuterCurvature(Curvature):
         """Block → C_b V_b, in one pass over the rows."""
         out = {block: torch.zeros_like(v) for block, v in vectors.items()}
         for start, blocks in self.features:
+            weights = self.feature_weights(start, next(iter(blocks.values())).n)
             for block, v in vectors.items():
-                products = blocks[block].matvec(v).div_(self.n)
-                if (weights := self.feature_weights(start, products.shape[0])) is not None:
-                    products = products * weights[:, None].to(products)
-                blocks[block].add_rmatvec(out[block], products)
+                _add_product(out[block], blocks[block], v, weights, 1 / self.n)
         return out
 
     def sampled(self, rows: Int64[Tensor, " b"], vectors: Vectors) -> Vectors:
@@ -82,12 +80,8 @@ class OuterCurvature(Curvature):
             weights = None if self.weights is None else self.weights[chosen.cpu() + start].repeat(self.q)
             among = torch.cat([c * count + chosen for c in range(self.q)])
             for block, v in vectors.items():
-                part = select_rows(blocks[block], among)
-                sums = part.matvec(v)
-                if weights is not None:
-                    sums = sums * weights[:, None].to(sums)
-                part.add_rmatvec(out[block], sums)
-        return {block: total.div_(rows.numel()) for block, total in out.items()}
+                _add_product(out[block], select_rows(blocks[block], among), v, weights, 1 / rows.numel())
+        return out
 
     def _dense(self, block: str) -> Float[Tensor, "d d"]:
         d = self.dimensions[block]
@@ -123,3 +117,13 @@ class OuterCurvature(Curvature):
                 weights = self.feature_weights(start, rows.n)
                 totals[block] += float((norms if weights is None else norms * weights).sum()) / self.n
         return totals
+
+
+def _add_product(
+    out: Float[Tensor, "d k"], rows: GradientBlock, vectors: Float[Tensor, "d k"], weights: Tensor | None, scale: float
+) -> None:
+    """Add scale · Σ w f fᵀ V to `out`."""
+    products = rows.matvec(vectors).mul_(scale)
+    if weights is not None:
+        products *= weights[:, None].to(products)
+    rows.add_rmatvec(out, products)

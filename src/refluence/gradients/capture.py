@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,9 +26,12 @@ from refluence.gradients.fan import FanBlock
 from refluence.gradients.functional import Objective, single_gradients, vectorised_gradients
 from refluence.gradients.joint import JointBlock
 from refluence.gradients.recording import record
-from refluence.gradients.routes import Groups, Router
+from refluence.gradients.routes import Groups, Route, Router
 from refluence.isolation import evaluation_mode
 from refluence.task import Task
+
+Columns = tuple[tuple[int, int, int], ...]
+"""(first column in the block, length, first column in the group) of each stretch."""
 
 PROBE_ROWS = 3
 ROWS_PER_CHECK = 16
@@ -130,22 +134,33 @@ class Capture:
     def _grouped(self, batch: Any, objective: Objective, start: int, data: str, q: int) -> dict[str, JointBlock]:
         blocks = self._blocks(batch, objective, start, data, q)
         grouped = {}
+        for group, layers in self.layout.items():
+            grouped[group] = JointBlock(
+                tuple(blocks[route.owner] for route, _ in layers), tuple(columns for _, columns in layers)
+            )
+        return grouped
+
+    @cached_property
+    def layout(self) -> dict[str, tuple[tuple[Route, Columns], ...]]:
+        """Group → (route, where its columns go in the group's) of its blocks, in the order of `JointBlock.blocks`."""
+        found = {}
         for group, names in self.groups.items():
             offsets, total = {}, 0
             for name in names:
                 offsets[name] = total
                 total += self.shapes[name].numel()
-            chosen = [route for route in self.routes if route.owner.names[0] in offsets]
-            columns = []
-            for route in chosen:
-                own, stretches = 0, []
+            layers = []
+            for route in self.routes:
+                if route.owner.names[0] not in offsets:
+                    continue
+                own, columns = 0, []
                 for name in route.owner.names:
                     size = self.shapes[name].numel()
-                    stretches.append((own, size, offsets[name]))
+                    columns.append((own, size, offsets[name]))
                     own += size
-                columns.append(tuple(stretches))
-            grouped[group] = JointBlock(tuple(blocks[route.owner] for route in chosen), tuple(columns))
-        return grouped
+                layers.append((route, tuple(columns)))
+            found[group] = tuple(layers)
+        return found
 
     def _blocks(self, batch: Any, objective: Objective, start: int, data: str, q: int) -> dict[Owner, GradientBlock]:
         n = rows_of(batch)

@@ -7,7 +7,7 @@ from refluence.linalg.diagonal import hutchinson_diagonal
 from refluence.linalg.lanczos import Ends, RitzPairs, ends_steps, lanczos, ritz_pairs, ritz_steps, spectral_bounds
 from refluence.linalg.lockstep import run_together
 from refluence.linalg.maps import Apply
-from refluence.linalg.neumann import largest_eigenvalue, neumann_depth, neumann_solve
+from refluence.linalg.neumann import neumann_depth, neumann_solve
 from refluence.linalg.nystroem import nystroem_approximation, nystroem_steps
 from refluence.linalg.quadrature import spectral_quadrature
 
@@ -21,7 +21,6 @@ __all__ = [
     "ends_steps",
     "hutchinson_diagonal",
     "lanczos",
-    "largest_eigenvalue",
     "neumann_depth",
     "neumann_solve",
     "nystroem_approximation",

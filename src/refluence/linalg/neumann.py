@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refluence.errors import SolverError
-from refluence.linalg.lanczos import ends_steps, spectral_bounds
+from refluence.linalg.lanczos import ends_steps
 from refluence.linalg.lockstep import run
 from refluence.linalg.maps import Apply
 
@@ -81,15 +81,3 @@ def advice_for(low: float, high: float) -> str:
             f"larger by more than {-low:.3g}, or a Fisher or GGN curvature"
         )
     return f"the largest eigenvalue of curvature + damping is {high:.4g}: use a scale of at least that"
-
-
-def largest_eigenvalue(
-    apply: Apply,
-    d: int,
-    seed: int = 0,
-    steps: int = 30,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
-) -> float:
-    """An upper bound of the largest eigenvalue, tight to the last Lanczos residual: a scale that is safe."""
-    return spectral_bounds(apply, d, seed, steps, dtype, device)[1]

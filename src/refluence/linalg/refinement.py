@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from refluence.linalg.columns import IMPROVEMENT, ColumnSolution, OnStep
@@ -61,73 +61,77 @@ def refined_solve(
 
     Source: Wilkinson's iterative refinement; Higham, Accuracy and Stability of Numerical Algorithms (2002), chapter 12.
     """
-    lengths = torch.linalg.vector_norm(right, dim=0)
-    used = lengths > 0
-    unit = torch.where(used, lengths, 1.0)
-    target = (atol / unit).clamp_min(rtol)
-    size = used.double()
-    if bool((target >= SINGLE_RTOL).all()) and bool(used.any()):
-        found = _single(method, apply, right, unit, target, maxiter, precondition, on_step)
-        if bool(found.converged.all()):
-            return found
-    value, residual = torch.zeros_like(right), right / unit
-    iterations = torch.zeros(lengths.shape, dtype=torch.int64, device=right.device)
-    left = (size > target).nonzero()[:, 0]
+    system = _Refined(apply, right)
+    target = (atol / system.unit).clamp_min(rtol)
+    left = (system.size > target).nonzero()[:, 0]
+    loose = bool((target >= SINGLE_RTOL).all())
     dtype, steps = torch.float32, 0
     while left.numel() and steps < maxiter:
         # In units of what is wanted of each column, one absolute tolerance serves all.
-        scale = torch.maximum(target[left], torch.finfo(torch.float64).eps * size[left])
+        size = system.size[left]
+        scale = torch.maximum(target[left], torch.finfo(torch.float64).eps * size)
+        single = dtype == torch.float32
 
-        def report(step: int, largest: float, before: int = steps, start: float = float(size[left].max())) -> None:
+        def report(step: int, largest: float, before: int = steps, start: float = float(size.max())) -> None:
             if on_step is not None:
                 on_step(before + step, largest * start)
 
         found = method(
             apply,
-            (residual[:, left] / scale).to(dtype),
-            ROUND_RTOL if dtype == torch.float32 else 0.0,
+            (system.residual[:, left] / scale).to(dtype),
+            ROUND_RTOL if single and not loose else 0.0,
             MARGIN[dtype],
-            min(maxiter - steps, -(-maxiter // ROUND_SHARE)) if dtype == torch.float32 else maxiter - steps,
+            min(maxiter - steps, -(-maxiter // ROUND_SHARE)) if single else maxiter - steps,
             precondition,
             report,
             measured=False,
         )
-        moved = value[:, left] + found.value.double() * scale
-        remaining = right[:, left] / unit[left] - apply(moved)
-        sizes = torch.linalg.vector_norm(remaining, dim=0)
-        better = sizes < size[left]
-        gained = sizes <= (ROUND_GAIN if dtype == torch.float32 else IMPROVEMENT) * size[left]
-        columns = left[better]
-        value[:, columns], residual[:, columns], size[columns] = moved[:, better], remaining[:, better], sizes[better]
-        iterations[left] += found.iterations
+        moved = system.value[:, left] + found.value.double() * scale
+        system.iterations[left] += found.iterations
         steps += max(1, int(found.iterations.max()))
-        unmet = size[left] > target[left]
+        claimed = found.residual.double() * size
+        if loose:
+            claimed += 2 * system.off(left, moved, claimed)
+            if bool((claimed <= target[left]).all()):
+                system.value[:, left], system.size[left] = moved, claimed
+                break
+            loose = False
+        gain = system.take(left, moved)
+        unmet = system.size[left] > target[left]
         if dtype == torch.float64:
-            unmet &= gained
-        elif bool((unmet & ~gained).any()):
+            unmet &= gain <= IMPROVEMENT
+        elif bool((unmet & (gain > ROUND_GAIN)).any()):
             dtype = torch.float64
         left = left[unmet]
-    return ColumnSolution(value * unit, size, iterations, size <= target)
+    return ColumnSolution(system.value * system.unit, system.size, system.iterations, system.size <= target)
 
 
-def _single(
-    method: Callable[..., ColumnSolution],
-    apply: Apply,
-    right: Float64[Tensor, "d k"],
-    unit: Float64[Tensor, " k"],
-    target: Float64[Tensor, " k"],
-    maxiter: int,
-    precondition: Apply | None,
-    on_step: OnStep | None,
-) -> ColumnSolution:
-    """One solve in float32, with the residuals of its recursion and what the checked columns show them to be off."""
-    scale = unit * target
-    scaled = (right / scale).float()
-    found = method(apply, scaled, 0.0, MARGIN[torch.float32], maxiter, precondition, on_step, measured=False)
-    k = right.shape[1]
-    some = torch.linspace(0, k - 1, min(k, SPOT_CHECKS), device=right.device).round().long().unique()
-    value = found.value[:, some].double() * scale[some]
-    true = torch.linalg.vector_norm(right[:, some] - apply(value), dim=0) / unit[some]
-    off = float((true - found.residual[some].double()).abs().max())
-    residual = found.residual.double() + 2 * off * (found.residual > 0)
-    return ColumnSolution(found.value.double().mul_(scale), residual, found.iterations, residual <= target)
+class _Refined:
+    """Right-hand sides of length one, and for each the best that was found, with its true residual."""
+
+    def __init__(self, apply: Apply, right: Float64[Tensor, "d k"]) -> None:
+        lengths = torch.linalg.vector_norm(right, dim=0)
+        self.apply = apply
+        self.unit = torch.where(lengths > 0, lengths, 1.0)
+        self.right = right / self.unit
+        self.size = (lengths > 0).double()
+        self.value, self.residual = torch.zeros_like(right), self.right.clone()
+        self.iterations = torch.zeros(lengths.shape, dtype=torch.int64, device=right.device)
+
+    def off(self, columns: Int64[Tensor, " c"], moved: Float64[Tensor, "d c"], claimed: Float64[Tensor, " c"]) -> float:
+        """How far the claimed residuals of a few columns spread over all are from the true ones, at most."""
+        some = torch.linspace(0, len(columns) - 1, min(len(columns), SPOT_CHECKS)).round().long().unique()
+        some = some.to(columns.device)
+        remaining = self.right[:, columns[some]] - self.apply(moved[:, some])
+        return float((torch.linalg.vector_norm(remaining, dim=0) - claimed[some]).abs().max())
+
+    def take(self, columns: Int64[Tensor, " c"], moved: Float64[Tensor, "d c"]) -> Float64[Tensor, " c"]:
+        """Keep what has a smaller residual than before; the residuals over those before."""
+        remaining = self.right[:, columns] - self.apply(moved)
+        sizes = torch.linalg.vector_norm(remaining, dim=0)
+        gain = sizes / self.size[columns]
+        better = gain < 1
+        kept = columns[better]
+        self.value[:, kept], self.residual[:, kept] = moved[:, better], remaining[:, better]
+        self.size[kept] = sizes[better]
+        return gain

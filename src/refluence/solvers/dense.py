@@ -49,6 +49,7 @@ class DenseState(OperatorState):
     """One d×d matrix a block."""
 
     exact = True
+    knows_spectrum = True
 
     def __init__(self, curvature: Curvature, matrices: dict[str, Tensor]) -> None:
         super().__init__(curvature)

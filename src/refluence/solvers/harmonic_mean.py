@@ -91,17 +91,6 @@ class HarmonicMeanState(OperatorState):
         """The norms."""
         return {f"norms/{block}": values for block, values in self.norms.items()}
 
-    def harmonic_dimension(self, shifts: Shifts) -> float:
-        """Σ_b d − μ tr H = Σ_b (1/N) Σ_a ω_a‖f_a‖²/(μ + ω_a‖f_a‖²), at most 1 a block.
-
-        What d_λ = d − μ tr (C+μ)⁻¹ becomes with H; `effective_dimension` stays that of the curvature.
-        """
-        total = 0.0
-        for block, norms in self.norms.items():
-            weighted = self._own_weights(0, self.n) * norms
-            total += float((weighted / (shifts[block] + weighted)).mean())
-        return total
-
     def _own_weights(self, start: int, count: int) -> Float64[Tensor, "n 1"]:
         weights = self.outer.weights
         one = torch.ones(count, 1, dtype=torch.float64, device=self.outer.device)

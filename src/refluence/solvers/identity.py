@@ -40,6 +40,7 @@ class IdentityState(State):
     """τ(v, g) = vᵀg. The effective dimension is that of the same substitution for the Fisher, the mean ‖g‖²."""
 
     exact = True
+    knows_spectrum = True
 
     @cached_property
     def norms(self) -> Float[Tensor, " n"]:

@@ -13,10 +13,10 @@ from refluence.curvature import OuterCurvature, Vectors
 from refluence.curvature.kronecker import KINDS, KroneckerBlock, Rotated, rotated
 from refluence.curvature.layer_factors import Layer
 from refluence.gradients.blocks import accumulation_dtype
-from refluence.gradients.joint import JointBlock, gather, scatter
+from refluence.gradients.joint import gather, scatter
 from refluence.gradients.rows import GradientRows
 from refluence.solvers.kronecker_products import LayerScores
-from refluence.solvers.state import CHUNK_BYTES, OperatorState, Shifts, Solution, refuse_singular
+from refluence.solvers.state import CHUNK_BYTES, OperatorState, Shifts, Solution, cut_rows, refuse_singular
 from refluence.theory import SpectralMeasure
 
 
@@ -30,6 +30,7 @@ class KroneckerState(OperatorState):
     """
 
     curvature: OuterCurvature
+    knows_spectrum = True
 
     def __init__(
         self, curvature: OuterCurvature, layers: Sequence[Layer], bases: Sequence[KroneckerBlock], updated: bool
@@ -140,7 +141,7 @@ class KroneckerState(OperatorState):
         size = max(1, CHUNK_BYTES // (8 * sum(self.dimensions.values())))
         waiting: list[list[Rotated]] = [[] for _ in self.layers]
         count = 0
-        for last, some in self._cut(tests, size):
+        for last, some in cut_rows(tests, size):
             for held, (layer, basis) in zip(waiting, self._all(), strict=True):
                 held.append(rotated(layer.of(some), basis, self.product_dtype))
             count += next(iter(some.values())).n
@@ -156,17 +157,3 @@ class KroneckerState(OperatorState):
 
     def _all(self) -> Iterator[tuple[Layer, KroneckerBlock]]:
         return zip(self.layers, self.bases, strict=True)
-
-    @staticmethod
-    def _cut(tests: GradientRows, size: int) -> Iterator[tuple[bool, dict[str, JointBlock]]]:
-        """(whether a tile ends here, blocks of some tests), in order."""
-        done = 0
-        for start, blocks in tests:
-            total = next(iter(blocks.values())).n
-            first = 0
-            while first < total:
-                last = min(total, first + size - done)
-                done += last - first
-                full = done == size or start + last == tests.n
-                yield full, {group: block.rows(first, last) for group, block in blocks.items()}
-                first, done = last, 0 if full else done

@@ -83,6 +83,11 @@ class LowRankState(OperatorState):
                 tensors[f"residuals/{block}"] = pair.residuals
         return tensors
 
+    @property
+    def knows_spectrum(self) -> bool:
+        """Whether all eigenvalues are known, here or of the curvature."""
+        return self.exact or super().knows_spectrum
+
     def spectra(self) -> dict[str, SpectralMeasure]:
         """Block → the eigenvalues where all are known, else the curvature's own estimate."""
         if not self.exact:

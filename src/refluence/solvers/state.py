@@ -14,7 +14,7 @@ from torch import Tensor
 
 from refluence.curvature import Curvature, Vectors
 from refluence.errors import PlanError
-from refluence.gradients.rows import GradientRows
+from refluence.gradients.rows import BlocksOfBatch, GradientRows
 from refluence.theory import SpectralMeasure, effective_dimension
 
 Shifts = dict[str, float]
@@ -73,8 +73,12 @@ class State(ABC):
 
     def known_dimension(self, shifts: Shifts) -> float | None:
         """The effective dimension where it takes no estimate that nothing else has asked for."""
-        estimated = type(self).effective_dimension is State.effective_dimension
-        return None if estimated and not self.curvature.spectra_known else self.effective_dimension(shifts)
+        return self.effective_dimension(shifts) if self.knows_spectrum else None
+
+    @property
+    def knows_spectrum(self) -> bool:
+        """Whether `spectra` is at hand."""
+        return self.curvature.known_spectra is not None
 
     def export(self) -> dict[str, Tensor]:
         """What the solver's `restore` needs beside the curvature."""
@@ -155,23 +159,27 @@ class OperatorState(State):
 def gradient_tiles(rows: GradientRows, dtype: torch.dtype) -> Iterator[Vectors]:
     """Gradients as columns, block → (d, k), as many together as a bounded memory holds, in the order of the rows."""
     d = sum(rows.dimension(group) for group in rows.groups)
-    tile = max(1, CHUNK_BYTES // (8 * d))
     waiting: dict[str, list[Tensor]] = {group: [] for group in rows.groups}
-    count = 0
-    for _, blocks in rows:
+    for last, blocks in cut_rows(rows, max(1, CHUNK_BYTES // (8 * d))):
+        for group, block in blocks.items():
+            waiting[group].append(block.dense().to(dtype))
+        if last:
+            yield {group: torch.cat(parts).T for group, parts in waiting.items()}
+            waiting = {group: [] for group in rows.groups}
+
+
+def cut_rows(rows: GradientRows, size: int) -> Iterator[tuple[bool, BlocksOfBatch]]:
+    """(whether a tile of `size` examples ends here, gradients of some), in order; the last tile may be smaller."""
+    done = 0
+    for start, blocks in rows:
         total = next(iter(blocks.values())).n
         first = 0
         while first < total:
-            last = min(total, first + tile - count)
-            for group, block in blocks.items():
-                waiting[group].append(block.rows(first, last).dense().to(dtype))
-            count += last - first
-            first = last
-            if count == tile:
-                yield {group: torch.cat(parts).T for group, parts in waiting.items()}
-                waiting, count = {group: [] for group in rows.groups}, 0
-    if count:
-        yield {group: torch.cat(parts).T for group, parts in waiting.items()}
+            last = min(total, first + size - done)
+            done += last - first
+            full = done == size or start + last == rows.n
+            yield full, {group: block.rows(first, last) for group, block in blocks.items()}
+            first, done = last, 0 if full else done
 
 
 def products_with(rows: GradientRows, vectors: Vectors, dtype: torch.dtype) -> dict[str, Float[Tensor, "k n"]]:

@@ -16,6 +16,7 @@ class MatrixState(State):
     """One symmetric matrix M_b a block, whose non-zero eigenvalues are those of C_b or of its sketch."""
 
     systems: dict[str, PositiveMatrix]
+    knows_spectrum = True
 
     def __init__(self, curvature: Curvature, matrices: dict[str, Tensor]) -> None:
         super().__init__(curvature)
