@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from refluence._version import __version__
 
 if TYPE_CHECKING:
-    from refluence import errors, sketches, solvers, theory
+    from refluence import errors, evaluation, sketches, solvers, theory
     from refluence.damping import EffectiveDimension, RelativeDamping
     from refluence.execution import Execution
     from refluence.influence import Influence
@@ -24,6 +24,7 @@ __all__ = [
     "Task",
     "__version__",
     "errors",
+    "evaluation",
     "sketches",
     "solvers",
     "theory",
