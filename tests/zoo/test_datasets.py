@@ -1,11 +1,9 @@
-import os
-
 import pytest
 import torch
 
 from refluence.errors import DataError
-from refluence.zoo import dataset_names, load_dataset
-from refluence.zoo.mnist import find
+from refluence.zoo import ImageFormat, dataset_names, load_dataset
+from refluence.zoo.datasets import canonical_name, source_of
 
 
 def test_digits_is_the_whole_set_split_by_class():
@@ -20,6 +18,7 @@ def test_digits_is_the_whole_set_split_by_class():
     assert shares.abs().max() < 0.005
     assert split.class_names == tuple("0123456789")
     assert split.image.shape == x.shape[1:]
+    assert split.tokens is None
 
 
 def test_digits_rows_are_the_same_every_time():
@@ -47,22 +46,31 @@ def test_rows_that_are_not_there(n_train):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(DataError, match=r"'imagenet'.*digits, mnist"):
+    known = "digits, mnist, fashion_mnist, cifar10, cifar2, maestro, shakespeare"
+    with pytest.raises(DataError, match=f"'imagenet'.*{known}"):
         load_dataset("imagenet")
-    assert dataset_names() == ("digits", "mnist")
+    assert ", ".join(dataset_names()) == known
 
 
-@pytest.mark.data
-@pytest.mark.skipif("REFLUENCE_DATA" not in os.environ, reason="$REFLUENCE_DATA is not set: no MNIST files")
-def test_mnist_is_the_published_benchmark():
-    assert find() is not None
-    split = load_dataset("mnist")
-    x, y = split.train
-    assert x.shape == (5000, 1, 28, 28)
-    assert split.test[0].shape == (500, 1, 28, 28)
-    assert y[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
-    assert split.test[1][:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
-    pixels = x * split.image.std + split.image.mean
-    assert pixels.min().item() == pytest.approx(0, abs=1e-6)
-    assert pixels.max().item() == pytest.approx(1, abs=1e-6)
-    assert x.min().item() == pytest.approx(-0.1307 / 0.3081)
+def test_other_spellings_of_a_name():
+    assert canonical_name("tinyshakespeare") == canonical_name("tiny_shakespeare") == "shakespeare"
+    assert canonical_name("mnist") == "mnist"
+    assert source_of("tinyshakespeare").name == "shakespeare"
+    assert source_of("digits") is None
+
+
+@pytest.mark.parametrize("name", [name for name in dataset_names() if source_of(name)])
+def test_a_set_that_is_not_here_says_how_to_get_it_and_downloads_nothing(name, tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("REFLUENCE_DATA", str(tmp_path))
+    source = source_of(name)
+    monkeypatch.setattr("refluence.zoo.official_files.Path.is_file", lambda path: False)
+    with pytest.raises(DataError, match=f"{source.title.split()[0]}.* was not found.*\n.*refluence data fetch {name}"):
+        load_dataset(name)
+    assert not cache.exists()
+
+
+def test_pixels_undo_the_normalisation_exactly():
+    bytes_ = torch.arange(256, dtype=torch.uint8)
+    for image in (ImageFormat((1, 28, 28), 0.1307, 0.3081), ImageFormat((3, 32, 32), 0.5, 0.5), ImageFormat((1, 8, 8))):
+        x = bytes_.float().div(255).sub(image.mean).div(image.std)
+        assert torch.equal(image.pixels(x), bytes_)

@@ -1,21 +1,19 @@
-"""Finding, verifying and fetching MNIST, on tiny files in the official layouts served from this machine."""
+"""MNIST and Fashion-MNIST from IDX files."""
 
-import functools
-import gzip
-import hashlib
-import http.server
 import struct
-import threading
 
 import numpy as np
 import pytest
 import torch
 
 from refluence.errors import DataError
-from refluence.zoo import mnist
+from refluence.zoo import load_dataset, mnist
 from refluence.zoo.idx import read_idx
+from refluence.zoo.official_files import locate
+from support.official import knowing, put
 
 ROWS = 6
+NAMES = (mnist.TRAIN_IMAGES, mnist.TRAIN_LABELS, mnist.TEST_IMAGES, mnist.TEST_LABELS)
 
 
 def idx_bytes(array):
@@ -23,139 +21,90 @@ def idx_bytes(array):
 
 
 @pytest.fixture
-def contents(monkeypatch):
-    """The four files with little in them, known by their checksums as the real ones are."""
+def contents():
     generator = np.random.default_rng(0)
-    contents, files = {}, []
-    for official in mnist.FILES:
-        shape = (ROWS, 28, 28) if "images" in official.name else (ROWS,)
-        unpacked = idx_bytes(generator.integers(0, 10, shape))
-        gzipped = gzip.compress(unpacked, mtime=0)
-        contents[official.name], contents[f"{official.name}.gz"] = unpacked, gzipped
-        sums = [hashlib.sha256(form).hexdigest() for form in (gzipped, unpacked)]
-        files.append(mnist.OfficialFile(official.name, *sums, len(gzipped)))
-    monkeypatch.setattr(mnist, "FILES", tuple(files))
-    return contents
+    shapes = {name: (ROWS, 28, 28) if "images" in name else (ROWS,) for name in NAMES}
+    return {name: idx_bytes(generator.integers(0, 10, shape)) for name, shape in shapes.items()}
 
 
-def put(folder, contents, gzipped):
-    folder.mkdir(parents=True)
-    for name, content in contents.items():
-        if name.endswith(".gz") == gzipped:
-            (folder / name).write_bytes(content)
-
-
-@pytest.fixture
-def data(tmp_path, monkeypatch, cache):
-    monkeypatch.setenv("REFLUENCE_DATA", str(tmp_path / "data"))
-    return tmp_path / "data"
-
-
-@pytest.mark.parametrize("gzipped", [True, False])
-@pytest.mark.parametrize("layout", ["mnist", "MNIST/raw"])
-def test_both_layouts_gzipped_or_unpacked(data, contents, layout, gzipped):
-    put(data / layout, contents, gzipped)
-    assert mnist.find() == data / layout
-    (x, y), (test_x, _) = mnist.load(4, 3)
+@pytest.mark.parametrize(
+    ("source", "folder", "scale"),
+    [
+        (mnist.MNIST, "mnist", (0.1307, 0.3081)),
+        (mnist.MNIST, "MNIST/raw", (0.1307, 0.3081)),
+        (mnist.FASHION_MNIST, "fashion_mnist", (0.2860, 0.3530)),
+        (mnist.FASHION_MNIST, "FashionMNIST/raw", (0.2860, 0.3530)),
+    ],
+)
+def test_the_first_rows_normalised_and_their_labels(tmp_path, monkeypatch, cache, contents, source, folder, scale):
+    monkeypatch.setenv("REFLUENCE_DATA", str(tmp_path))
+    put(tmp_path / folder, contents)
+    (x, y), (test_x, _) = mnist.load(locate(knowing(source, contents)), 4, 3, scale)
     assert x.shape == (4, 1, 28, 28)
     assert test_x.shape == (3, 1, 28, 28)
-    raw = np.frombuffer(contents["train-images-idx3-ubyte"][16:], np.uint8)[: 4 * 784].reshape(4, 1, 28, 28)
-    torch.testing.assert_close(x, (torch.tensor(raw) / 255 - 0.1307) / 0.3081)
-    assert y.tolist() == list(contents["train-labels-idx1-ubyte"][8:12])
+    raw = np.frombuffer(contents[mnist.TRAIN_IMAGES][16:], np.uint8)[: 4 * 784].reshape(4, 1, 28, 28)
+    torch.testing.assert_close(x, (torch.tensor(raw) / 255 - scale[0]) / scale[1])
+    assert y.tolist() == list(contents[mnist.TRAIN_LABELS][8:12])
 
 
-def test_the_cache_comes_after_the_users_folder(data, cache, contents):
-    put(cache / "data" / "mnist", contents, gzipped=True)
-    assert mnist.find() == cache / "data" / "mnist"
-    put(data / "mnist", contents, gzipped=False)
-    assert mnist.find() == data / "mnist"
-
-
-def test_an_incomplete_folder_is_not_taken(data, contents):
-    put(data / "mnist", contents, gzipped=True)
-    (data / "mnist" / "t10k-labels-idx1-ubyte.gz").unlink()
-    assert mnist.find() is None
-
-
-def test_a_missing_set_names_the_three_ways_and_downloads_nothing(data, monkeypatch):
-    monkeypatch.setattr(mnist, "MIRRORS", ("http://must-not-be-asked.invalid/",))
-    with pytest.raises(DataError) as caught:
-        mnist.load()
-    text = str(caught.value)
-    assert "refluence data fetch mnist" in text
-    assert "$REFLUENCE_DATA" in text
-    assert "MNIST/raw" in text
-    assert str(data / "mnist") in text
-
-
-def test_a_wrong_checksum_names_file_expected_and_got(data, contents):
-    put(data / "mnist", contents, gzipped=True)
-    bad = data / "mnist" / "train-images-idx3-ubyte.gz"
-    bad.write_bytes(b"not it")
-    with pytest.raises(DataError) as caught:
-        mnist.load(4, 3)
-    text = str(caught.value)
-    assert str(bad) in text
-    assert mnist.FILES[0].gzipped in text
-    assert hashlib.sha256(b"not it").hexdigest() in text
-
-
-def test_more_rows_than_there_are(data, contents):
-    put(data / "mnist", contents, gzipped=True)
-    with pytest.raises(DataError, match="holds 6 rows; 7 cannot"):
-        mnist.load(7, 3)
+def test_more_rows_than_there_are(tmp_path, monkeypatch, cache, contents):
+    monkeypatch.setenv("REFLUENCE_DATA", str(tmp_path))
+    put(tmp_path / "mnist", contents)
+    files = locate(knowing(mnist.MNIST, contents))
+    for rows in (7, 0, -1):
+        with pytest.raises(DataError, match=rf"mnist: train-images.* holds 6 rows; {rows} cannot be taken: ask for 1"):
+            mnist.load(files, rows, 3, mnist.MNIST_SCALE)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b"", "cannot be read"),
         (b"\0\0", "cannot be read"),
+        (struct.pack(">HBB", 0, 8, 3), "cannot be read"),
         (struct.pack(">HBBI", 0, 13, 1, 2) + b"12345678", "unsigned bytes"),
         (struct.pack(">HBBI", 0, 8, 1, 9) + b"123", "cut short"),
     ],
 )
-def test_a_damaged_idx_file(tmp_path, content, message):
-    path = tmp_path / "file"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read_idx(path)
+def test_a_damaged_idx_file(content, message):
+    with pytest.raises(DataError, match=f"a file.*{message}"):
+        read_idx(content, None, "a file")
 
 
-@pytest.fixture
-def mirror(tmp_path, contents):
-    """A server on this machine with the gzipped files."""
-    put(tmp_path / "mirror", contents, gzipped=True)
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path / "mirror"))
-    )
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield tmp_path / "mirror", f"http://127.0.0.1:{server.server_address[1]}/"
-    server.shutdown()
-    server.server_close()
+@pytest.mark.data
+@pytest.mark.skipif(locate(mnist.MNIST) is None, reason="MNIST is not on this machine")
+def test_mnist_is_the_published_benchmark():
+    split = load_dataset("mnist")
+    x, y = split.train
+    assert x.shape == (5000, 1, 28, 28)
+    assert split.test[0].shape == (500, 1, 28, 28)
+    assert y[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert split.test[1][:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+    pixels = x * split.image.std + split.image.mean
+    assert pixels.min().item() == pytest.approx(0, abs=1e-6)
+    assert pixels.max().item() == pytest.approx(1, abs=1e-6)
+    assert x.min().item() == pytest.approx(-0.1307 / 0.3081)
 
 
-def test_fetch_takes_the_next_mirror_and_the_cache_is_found(cache, mirror, monkeypatch):
-    _, address = mirror
-    monkeypatch.delenv("REFLUENCE_DATA", raising=False)
-    monkeypatch.setattr(mnist, "MIRRORS", (f"{address}nowhere/", address))
-    folder = mnist.fetch(progress=False)
-    assert folder == cache / "data" / "mnist" == mnist.find()
-    assert len(mnist.load(2, 2)[0][1]) == 2
-    monkeypatch.setattr(mnist, "MIRRORS", ())  # a second fetch asks nobody
-    with pytest.raises(DataError, match="could not be downloaded"):
-        mnist.fetch(progress=False)
+@pytest.mark.data
+@pytest.mark.skipif(locate(mnist.MNIST) is None, reason="MNIST is not on this machine")
+def test_the_whole_of_mnist_begins_with_the_benchmark_and_has_the_files_pixels():
+    whole, part = load_dataset("mnist", n_train=60_000, n_test=10_000), load_dataset("mnist")
+    assert whole.train[0].shape == (60_000, 1, 28, 28)
+    assert torch.bincount(whole.test[1]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert torch.equal(whole.train[0][:5000], part.train[0])
+    assert torch.equal(whole.train[1][:5000], part.train[1])
+    raw = np.frombuffer(locate(mnist.MNIST).read(mnist.TRAIN_IMAGES), np.uint8, offset=16).copy()
+    assert torch.equal(whole.image.pixels(whole.train[0]).flatten(), torch.from_numpy(raw))
 
 
-def test_fetch_refuses_a_file_that_is_not_the_published_one(cache, mirror, monkeypatch):
-    folder, address = mirror
-    (folder / "train-images-idx3-ubyte.gz").write_bytes(b"something else")
-    monkeypatch.setattr(mnist, "MIRRORS", (address,))
-    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz could not be downloaded"):
-        mnist.fetch(progress=False)
-    assert not list((cache / "data" / "mnist").glob("train-images*"))
+@pytest.mark.data
+@pytest.mark.skipif(locate(mnist.FASHION_MNIST) is None, reason="Fashion-MNIST is not on this machine")
+def test_fashion_mnist_is_the_published_benchmark():
+    split = load_dataset("fashion_mnist")
+    assert split.train[0].shape == (5000, 1, 28, 28)
+    assert split.train[1][:10].tolist() == [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]
+    assert split.class_names[split.train[1][0]] == "ankle boot"
+    whole = load_dataset("fashion_mnist", n_train=60_000).train[0]
+    assert whole.mean().item() == pytest.approx(0, abs=1e-3)
+    assert whole.std().item() == pytest.approx(1, abs=1e-3)

@@ -23,7 +23,7 @@ app = typer.Typer(
         ("refluence data path mnist", "where it is"),
     ),
 )
-Name = Annotated[str, typer.Argument(help="A built-in data set.")]
+Name = Annotated[str, typer.Argument(help="A built-in data set: one of `refluence data list`.")]
 
 
 @app.command("list", cls=Command, epilog=examples(("refluence data list", "checksums are verified on the way")))
@@ -32,11 +32,15 @@ def list_(debug: o.Debug = False) -> None:
     from refluence.zoo import dataset_names, model_names
     from refluence.zoo.availability import availability
 
-    table = Table("data set", "models", "here", "where", box=None, pad_edge=False)
+    table = Table("data set", "models", box=None, pad_edge=False)
+    table.add_column("download", justify="right", no_wrap=True)
+    table.add_column("here")
+    table.add_column("where", overflow="fold")
     for name in dataset_names():
         found = availability(name)
-        where = found.detail if found.folder is None else f"{found.folder} ({found.detail})"
-        table.add_row(name, ", ".join(model_names(name)), "yes" if found.available else "no", escape(where))
+        where = f"{found.folder} ({found.detail})" if found.folder else found.detail if found.available else ""
+        size = f"{found.download / 1e6:.1f} MB" if found.download else ""
+        table.add_row(name, ", ".join(model_names(name)), size, "yes" if found.available else "no", escape(where))
     Console().print(table)
 
 
@@ -48,9 +52,8 @@ def fetch(name: Name, debug: o.Debug = False) -> None:
     """Download a data set into the cache, verified by its published checksums."""
     from refluence.zoo.availability import fetch_dataset
 
-    _check(name)
-    found = fetch_dataset(name)
-    typer.echo(f"{name}: {found.folder or found.detail}")
+    found = fetch_dataset(_known(name))
+    typer.echo(f"{found.name}: {found.folder or found.detail}")
 
 
 @app.command(
@@ -66,22 +69,22 @@ def path(
     """Print the folder of a data set, or the one that data sets are downloaded to."""
     from refluence.errors import DataError
     from refluence.zoo.availability import availability
-    from refluence.zoo.folders import cache_folder
+    from refluence.zoo.folders import download_folder
 
     if name is None:
-        typer.echo(cache_folder() / "data")
+        typer.echo(download_folder())
         return
-    _check(name)
-    found = availability(name)
+    found = availability(_known(name))
     if not found.available:
-        raise DataError(f"{name}: {found.detail}")
+        raise DataError(f"{found.name}: {found.detail}")
     typer.echo(found.folder or found.detail)
 
 
-def _check(name: str) -> None:
-    from refluence.zoo import dataset_names
+def _known(name: str) -> str:
+    from refluence.errors import DataError
+    from refluence.zoo.datasets import canonical_name
 
-    if name not in dataset_names():
-        raise typer.BadParameter(
-            f"unknown data set {name!r}: use one of {', '.join(dataset_names())}", param_hint="NAME"
-        )
+    try:
+        return canonical_name(name)
+    except DataError as error:
+        raise typer.BadParameter(str(error), param_hint="NAME") from error

@@ -66,5 +66,6 @@ def _data() -> list[tuple[str, str]]:
     lines = [(f"${DATA_VARIABLE}", chosen or "not set")]
     for name in dataset_names():
         found = availability(name)
-        lines.append((name, found.detail if found.folder is None else f"{found.folder}: {found.detail}"))
+        size = "" if found.available else f" ({found.download / 1e6:.1f} MB)"
+        lines.append((name, found.detail + size if found.folder is None else f"{found.folder}: {found.detail}"))
     return lines

@@ -6,18 +6,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refluence.errors import DataError
-from refluence.zoo import mnist
-from refluence.zoo.datasets import dataset_names
+from refluence.zoo.datasets import source_of
+from refluence.zoo.folders import download_folder
+from refluence.zoo.official_files import fetch, locate
 
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a data set can be loaded, where its files are (None where it comes with a package), and what is wrong."""
+    """Whether a data set can be loaded, and from where.
+
+    Attributes:
+        name: as in `load_dataset`.
+        available: it can.
+        folder: of its files; None where there are none, or where it comes with a package.
+        detail: what is there, or what is wrong.
+        download: bytes that `fetch_dataset` downloads; 0 where it comes with a package.
+    """
 
     name: str
     available: bool
     folder: Path | None
     detail: str
+    download: int
 
 
 def availability(name: str) -> Availability:
@@ -26,36 +36,35 @@ def availability(name: str) -> Availability:
     Raises:
         DataError: an unknown name.
     """
-    check_name(name)
-    if name != mnist.NAME:
-        return Availability(name, True, None, "comes with scikit-learn")
-    folder = mnist.find()
-    if folder is None:
-        return Availability(name, False, None, f"not found; `refluence data fetch {name}` downloads it")
+    source = source_of(name)
+    if source is None:
+        return Availability(name, True, None, "comes with scikit-learn", 0)
+    found = locate(source)
+    if found is None:
+        return Availability(
+            source.name, False, None, f"not found; `refluence data fetch {source.name}` downloads it", source.size
+        )
     try:
-        mnist.verified(folder)
+        return Availability(source.name, True, found.folder, found.verify(), source.size)
     except DataError as error:
-        return Availability(name, False, folder, str(error))
-    return Availability(name, True, folder, "checksums verified")
+        return Availability(source.name, False, found.folder, str(error), source.size)
 
 
 def fetch_dataset(name: str, *, progress: bool = True) -> Availability:
     """Download a data set into the cache unless it is on this machine already, with the right checksums.
 
     Raises:
-        DataError: an unknown name, no mirror gave the right files, or the files found first are damaged.
+        DataError: an unknown name, no mirror gave the right files, or the user's own files, which go before the cache,
+            cannot be used.
     """
+    source = source_of(name)
     found = availability(name)
-    if found.available:
+    if found.available or source is None:
         return found
-    mnist.fetch(progress=progress)
+    if found.folder is not None and not found.folder.is_relative_to(download_folder()):
+        raise DataError(found.detail)
+    fetch(source, progress=progress)
     found = availability(name)
     if not found.available:
         raise DataError(found.detail)
     return found
-
-
-def check_name(name: str) -> None:
-    """Raise a DataError that lists the known names unless the zoo has this data set."""
-    if name not in dataset_names():
-        raise DataError(f"unknown data set {name!r}: use one of {', '.join(dataset_names())}")

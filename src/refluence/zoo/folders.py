@@ -24,8 +24,12 @@ def checkpoint_folder() -> Path:
     return cache_folder() / "checkpoints"
 
 
-def data_folders(name: str) -> list[Path]:
-    """Where a data set is looked for, in order: the two official layouts under `$REFLUENCE_DATA`, then the cache."""
+def download_folder() -> Path:
+    """Where data sets are downloaded to."""
+    return cache_folder() / "data"
+
+
+def data_roots() -> list[Path]:
+    """Where data sets are looked for, in order: `$REFLUENCE_DATA` if it is set, then what was downloaded."""
     chosen = os.environ.get(DATA_VARIABLE)
-    own = [Path(chosen).expanduser() / name, Path(chosen).expanduser() / name.upper() / "raw"] if chosen else []
-    return [*own, cache_folder() / "data" / name]
+    return [*([Path(chosen).expanduser()] if chosen else []), download_folder()]

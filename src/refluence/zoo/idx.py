@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import struct
-from pathlib import Path
 
 import numpy as np
 
@@ -13,25 +11,26 @@ from refluence.errors import DataError
 _UNSIGNED_BYTE = 0x08
 
 
-def read_idx(path: Path, rows: int | None = None) -> np.ndarray:
-    """The first `rows` entries (all for None) of an IDX file of unsigned bytes, gzipped or not, in the file's order.
+def read_idx(content: bytes, rows: int | None, name: str) -> np.ndarray:
+    """The first `rows` entries (all for None) of an IDX file of unsigned bytes, in the file's order; read-only.
 
     Raises:
-        DataError: not an IDX file of bytes, or a shorter one than its header (or `rows`) says.
+        DataError: not an IDX file of bytes, or a shorter one than its header (or `rows`) says; calls it `name`.
     """
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            zeros, kind, dimensions = struct.unpack(">HBB", file.read(4))
-            if zeros != 0 or kind != _UNSIGNED_BYTE:
-                raise DataError(f"{path} is not an IDX file of unsigned bytes (its type code is {kind:#04x})")
-            total, *shape = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
-            wanted = total if rows is None else rows
-            if not 0 < wanted <= total:
-                raise DataError(f"{path.name} holds {total:,} rows; {wanted:,} cannot be taken: ask for 1 to {total:,}")
-            size = wanted * int(np.prod(shape, dtype=np.int64))
-            content = file.read(size)
-        except (struct.error, EOFError, gzip.BadGzipFile) as error:
-            raise DataError(f"{path} cannot be read as an IDX file: {error}") from error
-    if len(content) < size:
-        raise DataError(f"{path} is cut short: {size:,} bytes expected after the header, {len(content):,} found")
-    return np.frombuffer(content, dtype=np.uint8).reshape(wanted, *shape)
+    try:
+        zeros, kind, dimensions = struct.unpack_from(">HBB", content)
+        total, *shape = struct.unpack_from(f">{dimensions}I", content, 4)
+    except struct.error as error:
+        raise DataError(f"{name} cannot be read as an IDX file: {error}") from error
+    if zeros != 0 or kind != _UNSIGNED_BYTE:
+        raise DataError(f"{name} is not an IDX file of unsigned bytes (its type code is {kind:#04x})")
+    wanted = total if rows is None else rows
+    if not 0 < wanted <= total:
+        raise DataError(f"{name} holds {total:,} rows; {wanted:,} cannot be taken: ask for 1 to {total:,}")
+    begin = 4 + 4 * dimensions
+    size = wanted * int(np.prod(shape, dtype=np.int64))
+    if len(content) < begin + size:
+        raise DataError(
+            f"{name} is cut short: {size:,} bytes expected after the header, {len(content) - begin:,} found"
+        )
+    return np.frombuffer(content, np.uint8, size, begin).reshape(wanted, *shape)
