@@ -27,6 +27,7 @@ OPTIONS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--force-prefers-reduced-motion",
     "--window-size=1280,1000",
 )
 
@@ -133,6 +134,44 @@ def test_everything_by_keyboard(opened: Any) -> None:
     assert focused(opened).get_attribute("data-filter") == "wrong"
     assert focused(opened).get_attribute("aria-pressed") == "true"
     assert len(shown(opened, ".card")) == 3
+
+
+@pytest.fixture(scope="module")
+def checked(digits: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    from refluence.evaluation.verification import verify
+
+    path = tmp_path_factory.mktemp("checked") / "report.html"
+    test = tuple(part[digits.scores.test_ids] for part in digits.test)
+    found = verify(digits.influence, digits.scores, test, 4, progress=False)
+    f = digits
+    return write_report(path, f.influence, f.scores, f.train, f.test, suspicious=5, verification=found).as_uri()
+
+
+def test_the_banner_leads_to_the_checks(browser: Any, checked: str) -> None:
+    browser.get_log("browser")
+    browser.get(checked)
+    assert one(browser, "#trust").text.split("\n")[-1].startswith("Checked")
+    one(browser, ".trust .go a").click()
+    assert [panel.get_attribute("id") for panel in shown(browser, "[role=tabpanel]")] == ["checked"]
+    scatter = one(browser, "#checked svg")
+    assert scatter.accessible_name.startswith("Measured against predicted change")
+    assert scatter.rect["width"] > 300
+    assert len(shown(browser, "#checked .removed .thumb")) == 4
+    one(browser, ".numbers summary").click()
+    assert len(shown(browser, ".numbers tbody tr")) == 4 * 8
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_checks_need_no_horizontal_scroll(browser: Any, checked: str, width: int) -> None:
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        browser.get("about:blank")
+        browser.get(f"{checked}#checked")
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_search_filter_and_order(opened: Any, digits: Any) -> None:
@@ -253,7 +292,10 @@ def test_without_scripts_everything_is_on_the_page(browser: Any, page: str) -> N
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
-def test_dark_scheme_and_contrast(opened: Any) -> None:
+@pytest.mark.parametrize("verified", [False, True])
+def test_dark_scheme_and_contrast(opened: Any, checked: str, verified: bool) -> None:
+    if verified:
+        opened.get(checked)
     ratio = """
       const of = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number).map(v => v / 255)
         .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };

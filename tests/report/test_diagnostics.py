@@ -6,7 +6,7 @@ from torch import nn
 
 import refluence as rf
 from refluence.report.diagnostics import findings
-from refluence.report.facts import CURVATURES, SOLVERS, facts
+from refluence.report.facts import CURVATURES, SOLVERS, facts, grounds
 
 
 def said(**diagnostics):
@@ -70,7 +70,8 @@ def shown(curvature, solver, **options):
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     options = {"damping": 0.1, "progress": False, **options}
     influence = rf.Influence(rf.Task(model), curvature, solver, **options).fit((x, y))
-    return {fact.name: fact for fact in facts(influence, influence.score((x[:3], y[:3])))}
+    scores = influence.score((x[:3], y[:3]))
+    return {fact.name: fact for fact in (*facts(influence, scores), *grounds(influence))}
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)

@@ -14,6 +14,7 @@ from refluence._version import __version__
 from refluence.cli import options as o
 from refluence.cli.data import app as data_app
 from refluence.cli.root import Command, Root, examples
+from refluence.cli.study import app as study_app
 
 if TYPE_CHECKING:
     from refluence.cli.solver import SolverChoice
@@ -28,10 +29,12 @@ app = typer.Typer(
         ("refluence demo", "find wrong labels among 1,437 digits, with a report"),
         ("refluence attribute --dataset digits --model mlp --out results", "explain a built-in model"),
         ("refluence attribute --task my_model.py:influence_task --out results", "explain your own"),
+        ("refluence evaluate --dataset digits --model lr --out tested", "test attributions against retraining"),
         ("refluence COMMAND --help", "options and examples of a command"),
     ),
 )
 app.add_typer(data_app, name="data")
+app.add_typer(study_app, name="study")
 
 
 def _version(value: bool) -> bool:
@@ -62,6 +65,7 @@ def main(
         ("refluence attribute --dataset mnist --out results --save-fit mnist-fit", "keep the fit"),
         ("refluence attribute --dataset mnist --out more --fit mnist-fit --test-rows 12:24", "and use it again"),
         ("refluence attribute --dataset digits --out results --damping dim:90", "λ by effective dimension"),
+        ("refluence attribute --dataset digits --out results --verify 8", "remove eight rows and compare"),
     ),
 )
 def attribute(
@@ -72,9 +76,10 @@ def attribute(
     task: o.TaskFunction = None,
     test_rows: o.TestRows = "0:12",
     label_noise: o.LabelNoise = 0.0,
-    l2: o.L2 = 0.0,
+    l2: o.L2 = None,
     n_train: o.TrainSize = None,
     n_test: o.TestSize = None,
+    epochs: o.Epochs = None,
     retrain: o.Retrain = False,
     curvature: o.Curvature = o.CurvatureName.FISHER,
     samples: o.Samples = None,
@@ -100,6 +105,7 @@ def attribute(
     fit: o.SavedFit = None,
     out: o.Out,
     save_fit: o.SaveFit = None,
+    verify: o.Verify = 0,
     top: o.Top = 8,
     no_report: o.NoReport = False,
     quiet: o.Quiet = False,
@@ -115,10 +121,12 @@ def attribute(
 
     folder = OutputFolder(out)
     folder.check()
-    source = Source(dataset, model, task, seed, label_noise, l2, n_train, n_test, retrain)
+    source = Source(dataset, model, task, seed, label_noise, l2, n_train, n_test, retrain, epochs)
     method = Method(curvature, samples, _solver(ctx), damping, device, dtype, batch_size, memory, seed, not quiet)
     source.check()
     method.check()
+    if verify == 1:
+        raise typer.BadParameter("removes two rows at the least: one has no slope", param_hint="--verify")
     if fit is not None:
         _refuse_beside_a_fit(ctx)
     if save_fit is not None:
@@ -134,6 +142,8 @@ def attribute(
         else:
             other = parse_damping(damping) if _by_hand(ctx, "damping") else None
             done = explanation.explain_again(problem, fit, chosen, other)
+        if verify:
+            done = explanation.verified(done, verify, seed=seed, progress=not quiet)
         explanation.write(done, folder, command="attribute", options=given(ctx), top=top, report=not no_report)
     if not quiet:
         console = Console()
@@ -156,7 +166,7 @@ def plan(
     model: o.Model = "mlp",
     task: o.TaskFunction = None,
     test_rows: o.TestRows = "0:12",
-    l2: o.L2 = 0.0,
+    l2: o.L2 = None,
     n_train: o.TrainSize = None,
     n_test: o.TestSize = None,
     curvature: o.Curvature = o.CurvatureName.FISHER,
@@ -198,6 +208,95 @@ def plan(
     found = method.influence(problem.task).plan_for(problem.train, n_test=len(chosen))
     Console().print(escape(found.summary()), highlight=False, soft_wrap=True)
     found.check()
+
+
+@app.command(
+    cls=Command,
+    epilog=examples(
+        ("refluence evaluate --dataset digits --model lr --out results --subsets 20", "with 20 retrainings"),
+        (
+            "refluence evaluate --dataset digits --out results --methods ggn:cg,fisher:gram --tune-damping",
+            "two methods, λ chosen on held-out rows",
+        ),
+        ("refluence evaluate --dataset digits --out results --label-noise 0.1 --metrics mislabel", "find wrong labels"),
+        ("refluence evaluate --task my_model.py:influence_task --out results --metrics lds", "your model and data"),
+    ),
+)
+def evaluate(
+    ctx: typer.Context,
+    *,
+    dataset: o.Dataset = None,
+    model: o.Model = "mlp",
+    task: o.TaskFunction = None,
+    test_rows: o.TestRows = "all",
+    label_noise: o.LabelNoise = 0.0,
+    l2: o.L2 = None,
+    n_train: o.TrainSize = None,
+    n_test: o.TestSize = None,
+    epochs: o.Epochs = None,
+    retrain: o.Retrain = False,
+    metrics: o.Metrics = None,
+    subsets: o.Subsets = 50,
+    seeds: o.Seeds = 1,
+    removals: o.Removals = 50,
+    baselines: o.Baselines = None,
+    methods: o.Methods = None,
+    curvature: o.Curvature = o.CurvatureName.FISHER,
+    samples: o.Samples = None,
+    solver: o.Solver = o.SolverName.AUTO,
+    sketch: o.Sketch = None,
+    sketch_size: o.SketchSize = None,
+    rank: o.Rank = None,
+    rtol: o.Rtol = None,
+    maxiter: o.Maxiter = None,
+    preconditioner: o.Preconditioner = None,
+    depth: o.Depth = None,
+    scale: o.Scale = None,
+    repeats: o.Repeats = None,
+    step_rows: o.StepRows = None,
+    tolerance: o.Tolerance = None,
+    sharing: o.Sharing = None,
+    damping: o.Damping = "auto",
+    tune_damping: o.TuneDamping = False,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    batch_size: o.BatchSize = None,
+    memory: o.Memory = None,
+    seed: o.Seed = 0,
+    out: o.Out,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Test attributions against reality: retrained models, removed rows, wrong labels; run again, it resumes."""
+    from refluence.cli import evaluation, rows
+    from refluence.cli.method import Method
+    from refluence.cli.methods import parse_methods
+    from refluence.cli.output_folder import OutputFolder
+    from refluence.cli.problem import Source
+    from refluence.cli.summary import print_evaluation, print_files
+    from refluence.cli.trial import Effort
+
+    folder = OutputFolder(out)
+    folder.check()
+    source = Source(dataset, model, task, seed, label_noise, l2, n_train, n_test, retrain, epochs)
+    method = Method(curvature, samples, _solver(ctx), damping, device, dtype, batch_size, memory, seed, not quiet)
+    effort = Effort(subsets, seeds, removals, seed, not quiet)
+    if methods is not None and _by_hand(ctx, "curvature"):
+        raise typer.BadParameter("is decided by --methods: leave it out", param_hint="--curvature")
+    source.check()
+    asked = evaluation.Asked(parse_methods(methods, method), metrics, baselines, tune_damping, effort)
+    asked.check()
+    problem = source.load(progress=not quiet)
+    chosen = rows.parse_rows(
+        test_rows, rows.count_rows(problem.test), lambda: rows.misclassified(problem.task, problem.test)
+    )
+    folder.begin("evaluate")
+    with folder.marked():
+        done = evaluation.run(problem, chosen, asked, folder, given(ctx))
+    if not quiet:
+        console = Console()
+        print_evaluation(console, done)
+        print_files(console, folder)
 
 
 @app.command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import time
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -25,19 +26,23 @@ from refluence.cli.problem import Problem
 from refluence.cli.rows import select_rows
 from refluence.errors import DataError
 
+if TYPE_CHECKING:
+    from refluence.evaluation.verification import Verification
+
 _PACKAGES = ("refluence", "torch", "numpy", "scipy", "pandas", "zarr", "safetensors", "scikit-learn")
 SUSPICIOUS = 50
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A fitted influence with the scores of the chosen test rows; `seconds` by stage."""
+    """A fitted influence with the scores of the chosen test rows, and their verification; `seconds` by stage."""
 
     problem: Problem
     rows: list[int]
     influence: rf.Influence
     scores: rf.Scores
     seconds: dict[str, float] = field(default_factory=dict)
+    verification: Verification | None = None
 
 
 @contextmanager
@@ -77,6 +82,17 @@ def explain_again(problem: Problem, fit: Path, rows: list[int], damping: Any = N
     return _scored(problem, influence, rows, seconds)
 
 
+def verified(explanation: Explanation, count: int, *, seed: int, progress: bool) -> Explanation:
+    """The same with `count` train rows really removed and the changes set against the prediction."""
+    from refluence.evaluation.verification import verify
+
+    seconds = dict(explanation.seconds)
+    test = select_rows(explanation.problem.test, explanation.rows)
+    with timed(seconds, "verify"):
+        found = verify(explanation.influence, explanation.scores, test, count, seed=seed, progress=progress)
+    return dataclasses.replace(explanation, seconds=seconds, verification=found)
+
+
 def _scored(problem: Problem, influence: rf.Influence, rows: list[int], seconds: dict[str, float]) -> Explanation:
     """The scores; their ids are rows of the whole test set."""
     with timed(seconds, "score"):
@@ -114,6 +130,7 @@ def write(
                 top=top,
                 title=f"Influence report: {problem.title}",
                 suspicious=SUSPICIOUS,
+                verification=explanation.verification,
                 notes=([problem.benchmark.description] if problem.benchmark else []) + list(notes),
             )
     folder.finish(
@@ -121,15 +138,23 @@ def write(
             "command": command,
             "options": options,
             "versions": versions(),
-            "problem": _describe(problem),
+            "problem": describe(problem),
             "test_rows": explanation.rows,
             "influence": explanation.influence.manifest(),
             "plan": explanation.influence.plan.summary().splitlines(),
             "diagnostics": explanation.influence.diagnostics,
+            "verification": _verification(explanation.verification),
             **(extra or {}),
             "timings_seconds": seconds,
         }
     )
+
+
+def _verification(found: Verification | None) -> dict[str, Any] | None:
+    """A verification as it goes into the manifest."""
+    if found is None:
+        return None
+    return {**found.manifest(), "checks": json.loads(found.frame.to_json(orient="records"))}
 
 
 def top_frame(scores: rf.Scores, k: int) -> pd.DataFrame:
@@ -145,7 +170,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "machine": machine}
 
 
-def _describe(problem: Problem) -> dict[str, Any]:
+def describe(problem: Problem) -> dict[str, Any]:
+    """The problem as it goes into the manifest."""
     described: dict[str, Any] = {"title": problem.title, "task": problem.task.describe()}
     if problem.benchmark is not None:
         benchmark = problem.benchmark

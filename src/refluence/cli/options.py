@@ -14,6 +14,7 @@ _WHAT = "What to explain"
 _HOW = "How to compute it"
 _SET = "Settings of a solver"
 _SHOW = "What comes out"
+_TEST = "What it is tested against"
 
 
 class CurvatureName(StrEnum):
@@ -75,9 +76,19 @@ class DtypeName(StrEnum):
 
 
 Dataset = Annotated[
-    str | None, typer.Option("--dataset", help="A built-in data set: digits or mnist.", rich_help_panel=_WHAT)
+    str | None,
+    typer.Option(
+        "--dataset", help="A built-in data set, such as digits; refluence data list shows all.", rich_help_panel=_WHAT
+    ),
 ]
-Model = Annotated[str, typer.Option("--model", help="A built-in model: mlp, lr or cnn.", rich_help_panel=_WHAT)]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="A built-in model, such as mlp, lr or cnn; refluence data list shows those of each set.",
+        rich_help_panel=_WHAT,
+    ),
+]
 TaskFunction = Annotated[
     str | None,
     typer.Option(
@@ -107,7 +118,23 @@ LabelNoise = Annotated[
     ),
 ]
 L2 = Annotated[
-    float, typer.Option("--l2", help="Weight decay of a built-in model's training.", min=0.0, rich_help_panel=_WHAT)
+    float | None,
+    typer.Option(
+        "--l2",
+        help="Weight decay of a built-in model's training; default its recipe's.",
+        min=0.0,
+        rich_help_panel=_WHAT,
+    ),
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option(
+        "--epochs",
+        metavar="N",
+        help="Train a built-in model for so many epochs instead of as long as its recipe says.",
+        min=1,
+        rich_help_panel=_WHAT,
+    ),
 ]
 TrainSize = Annotated[
     int | None,
@@ -231,6 +258,68 @@ Memory = Annotated[
 Seed = Annotated[
     int,
     typer.Option("--seed", help="Of training, label noise, sketches and sampled labels.", min=0, rich_help_panel=_HOW),
+]
+
+Verify = Annotated[
+    int,
+    typer.Option(
+        "--verify",
+        metavar="M",
+        help="Really remove M train rows, refit, and set the measured changes against the predictions.",
+        min=0,
+        rich_help_panel=_SHOW,
+    ),
+]
+
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        "--methods",
+        metavar="LIST",
+        help="Several at once, each CURVATURE:SOLVER[:DAMPING]: ggn:cg,fisher:gram,mc_fisher:ekfac:1e-3.",
+        rich_help_panel=_HOW,
+    ),
+]
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics",
+        metavar="LIST",
+        help="lds, loo, mislabel, removal, brittleness, tail-patch, retrieval, randomisation, or all; default: those "
+        "that apply, without removal and brittleness, which retrain for every method.",
+        rich_help_panel=_TEST,
+    ),
+]
+Subsets = Annotated[
+    int,
+    typer.Option(
+        "--subsets", metavar="M", help="Random halves of the data to retrain on, for lds.", rich_help_panel=_TEST
+    ),
+]
+Seeds = Annotated[
+    int,
+    typer.Option("--seeds", metavar="S", help="Models trained on each subset, averaged.", min=1, rich_help_panel=_TEST),
+]
+Removals = Annotated[
+    int,
+    typer.Option("--removals", metavar="M", help="Rows left out one by one, for loo.", min=3, rich_help_panel=_TEST),
+]
+Baselines = Annotated[
+    str | None,
+    typer.Option(
+        "--baselines",
+        metavar="LIST",
+        help="random, loss, dot, cosine, neighbours, or none; default all.",
+        rich_help_panel=_TEST,
+    ),
+]
+TuneDamping = Annotated[
+    bool,
+    typer.Option(
+        "--tune-damping",
+        help="Choose λ by LDS on a tenth of the test rows; report on the others only.",
+        rich_help_panel=_HOW,
+    ),
 ]
 
 SaveFit = Annotated[

@@ -15,12 +15,15 @@ from refluence._version import __version__
 from refluence.errors import DataError
 
 MANIFEST, SCORES, TOP, REPORT = "manifest.json", "scores.zarr", "top.parquet", "report.html"
+SUMMARY, RESULTS, GROUND_TRUTH, FIGURES = "summary.json", "results.parquet", "ground-truth", "figures"
 _TOOL = "refluence"
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """`scores.zarr`, `top.parquet`, `report.html` and `manifest.json`, which marks the folder as ours."""
+    """`manifest.json`, which marks the folder as ours, `report.html`, and the results of the command: `scores.zarr` and
+    `top.parquet`, or `summary.json`, `results.parquet`, `figures` and `ground-truth`, which alone outlives a new run.
+    """
 
     path: Path
 
@@ -44,6 +47,26 @@ class OutputFolder:
         """The page."""
         return self.path / REPORT
 
+    @property
+    def summary(self) -> Path:
+        """The results of an evaluation as flat keys."""
+        return self.path / SUMMARY
+
+    @property
+    def results(self) -> Path:
+        """The results of an evaluation as a tidy table."""
+        return self.path / RESULTS
+
+    @property
+    def figures(self) -> Path:
+        """The pictures of an evaluation."""
+        return self.path / FIGURES
+
+    @property
+    def ground_truth(self) -> Path:
+        """What retrained models measured; kept, so that nothing is retrained twice."""
+        return self.path / GROUND_TRUTH
+
     def check(self) -> None:
         """Raise a DataError if something else made this folder; nothing is written."""
         if not self.path.exists():
@@ -54,7 +77,7 @@ class OutputFolder:
             raise DataError(f"{self.path} is not empty and was not made by refluence: give another folder with --out")
 
     def begin(self, command: str) -> None:
-        """Mark the folder as ours and remove the results of an earlier run.
+        """Mark the folder as ours and remove the results of an earlier run, but not its ground truth.
 
         Raises:
             DataError: something else made this folder.
@@ -62,10 +85,11 @@ class OutputFolder:
         self.check()
         self.path.mkdir(parents=True, exist_ok=True)
         self._write({"status": "running", "command": command})
-        for old in (self.top, self.report):
+        for old in (self.top, self.report, self.summary, self.results):
             old.unlink(missing_ok=True)
-        if self.scores.is_dir():
-            shutil.rmtree(self.scores)
+        for old in (self.scores, self.figures):
+            if old.is_dir():
+                shutil.rmtree(old)
 
     @contextmanager
     def marked(self) -> Iterator[None]:
@@ -78,7 +102,8 @@ class OutputFolder:
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest of a complete run."""
-        files = [path.name for path in (self.scores, self.top, self.report) if path.exists()]
+        results = (self.scores, self.top, self.summary, self.results, self.figures, self.ground_truth, self.report)
+        files = [path.name for path in results if path.exists()]
         self._write({"status": "complete", **manifest, "files": files})
 
     def _ours(self) -> bool:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import typer
+from torch import nn
 
 from refluence.cli.user_task import call, load_function
 from refluence.errors import DataError
 from refluence.report.presentation import Presentation
 from refluence.task import Task
-from refluence.zoo import Benchmark, build_model, dataset_names, load_benchmark, load_dataset, model_names
+from refluence.training import Recipe
+from refluence.zoo import Benchmark, build_model, dataset_names, load_benchmark, model_names
+from refluence.zoo.benchmark import load_untrained
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A task with its data; `benchmark` where it comes from the zoo, or the user's function gave one."""
+    """A task with its data; `benchmark` where it comes from the zoo, or the user's function gave one.
+
+    `recipe` is how the model was trained, and `build` makes an untrained one, where they are known.
+    """
 
     title: str
     task: Task
@@ -24,6 +32,8 @@ class Problem:
     test: Any
     presentation: Presentation
     benchmark: Benchmark | None = None
+    recipe: Recipe | None = None
+    build: Callable[[], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,10 +45,11 @@ class Source:
     task: str | None = None
     seed: int = 0
     label_noise: float = 0.0
-    l2: float = 0.0
+    l2: float | None = None
     n_train: int | None = None
     n_test: int | None = None
     retrain: bool = False
+    epochs: int | None = None
 
     def check(self) -> None:
         """Raise typer.BadParameter unless the names are known and the options go together."""
@@ -50,10 +61,11 @@ class Source:
         if self.dataset is None:
             built_in = {
                 "--label-noise": self.label_noise != 0,
-                "--l2": self.l2 != 0,
+                "--l2": self.l2 is not None,
                 "--n-train": self.n_train is not None,
                 "--n-test": self.n_test is not None,
                 "--retrain": self.retrain,
+                "--epochs": self.epochs is not None,
             }
             for option in (option for option, given in built_in.items() if given):
                 raise typer.BadParameter("is for built-in data sets; your function decides that", param_hint=option)
@@ -89,8 +101,10 @@ class Source:
             l2=self.l2,
             n_train=self.n_train,
             n_test=self.n_test,
+            epochs=self.epochs,
         )
-        return problem_from(benchmark, f"{self.dataset} {self.model}")
+        problem = problem_from(benchmark, f"{self.dataset} {self.model}")
+        return replace(problem, build=partial(build_model, self.dataset, self.model))
 
     def load_untrained(self) -> Problem:
         """The problem with a built-in model as initialised: enough to plan, and nothing has to be trained.
@@ -102,26 +116,31 @@ class Source:
         self.check()
         if self.dataset is None:
             return self.load()
-        split = load_dataset(self.dataset, n_train=self.n_train, n_test=self.n_test)
-        task = Task(build_model(self.dataset, self.model), l2=self.l2)
-        return Problem(f"{self.dataset} {self.model}", task, split.train, split.test, Presentation())
+        task, train, test = load_untrained(
+            self.dataset, self.model, l2=self.l2, n_train=self.n_train, n_test=self.n_test
+        )
+        return Problem(f"{self.dataset} {self.model}", task, train, test, Presentation())
 
 
 def problem_from(given: Any, name: str) -> Problem:
-    """The problem in what a function returned: (task, train, test), the same with a Presentation, or a Benchmark.
+    """The problem in what a function returned: a Benchmark, or (task, train, test), which a Presentation, a Recipe or
+    both may follow.
 
     Raises:
         DataError: anything else.
     """
     if isinstance(given, Benchmark):
-        return Problem(name, given.task, given.train, given.test, given.presentation, given)
+        return Problem(name, given.task, given.train, given.test, given.presentation, given, given.recipe)
     parts = tuple(given) if isinstance(given, (tuple, list)) else (given,)
-    if len(parts) == 3:
-        parts = (*parts, Presentation())
-    if len(parts) != 4 or not isinstance(parts[0], Task) or not isinstance(parts[3], Presentation):
+    shown = [part for part in parts[3:] if isinstance(part, Presentation)]
+    recipes = [part for part in parts[3:] if isinstance(part, Recipe)]
+    understood = len(shown) <= 1 and len(recipes) <= 1 and len(parts) == 3 + len(shown) + len(recipes)
+    if not understood or not isinstance(parts[0], Task):
         kinds = ", ".join(type(part).__name__ for part in parts)
         raise DataError(
-            f"{name} returned ({kinds}); it must return (task, train, test) with an rf.Task first, the same and a "
-            "refluence.report.Presentation, or a refluence.zoo.Benchmark"
+            f"{name} returned ({kinds}); it must return (task, train, test) with an rf.Task first, which a "
+            "refluence.report.Presentation and a refluence.training.Recipe may follow, or a refluence.zoo.Benchmark"
         )
-    return Problem(name, *parts)
+    task, train, test = parts[:3]
+    presentation = shown[0] if shown else Presentation()
+    return Problem(name, task, train, test, presentation, recipe=recipes[0] if recipes else None)

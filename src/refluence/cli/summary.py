@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich.console import Console
@@ -14,7 +15,11 @@ from refluence.cli.explanation import Explanation
 from refluence.cli.output_folder import OutputFolder
 from refluence.report.diagnostics import findings
 
+if TYPE_CHECKING:
+    from refluence.cli.evaluation import Evaluation
+
 MAX_ROWS = 12
+NOT_VERIFIED = "not verified; --verify 8 really removes eight train rows and compares"
 
 
 def print_explanation(console: Console, explanation: Explanation, top: pd.DataFrame) -> None:
@@ -23,11 +28,32 @@ def print_explanation(console: Console, explanation: Explanation, top: pd.DataFr
     console.print(_strongest(top))
 
 
+def print_evaluation(console: Console, evaluation: Evaluation) -> None:
+    """The value of every metric for every method, what it means, and what was left out."""
+    table = Table(title=escape(f"evaluation: {evaluation.problem.title}"), title_justify="left")
+    for column in ("metric", "method", "value", "95 % interval"):
+        table.add_column(column, overflow="fold")
+    before = None
+    for row in evaluation.table.to_dict("records"):
+        name = "" if row["metric"] == before else str(row["metric"])
+        before = row["metric"]
+        table.add_row(name, escape(str(row["method"])), _number(row["value"]), _interval(row["low"], row["high"]))
+    console.print(table)
+    for finding in evaluation.findings:
+        console.print(escape(finding), highlight=False)
+    for name, reason in evaluation.skipped.items():
+        console.print(f"[dim]not tested: {escape(name)}: {escape(reason)}[/dim]", highlight=False)
+
+
 def print_files(console: Console, folder: OutputFolder) -> None:
     """Where the results are, the report last."""
     for path, meaning in (
         (folder.scores, "all scores, for rf.Scores.load"),
         (folder.top, "the most helpful and harmful train rows"),
+        (folder.summary, "every number under a flat key"),
+        (folder.results, "the same as a tidy table"),
+        (folder.figures, "the pictures"),
+        (folder.ground_truth, "what retrained models measured; kept for the next run"),
         (folder.manifest, "all that determined them"),
         (folder.report, "open this in a browser"),
     ):
@@ -52,6 +78,9 @@ def _facts(explanation: Explanation) -> Table:
         "damping λ": _damping(influence.damping),
         "effective dimension": _number(influence.effective_dimension),
         "gradient norm": _number(influence.gradient_norm),
+        "against reality": NOT_VERIFIED
+        if explanation.verification is None
+        else f"{explanation.verification.verdict}: {explanation.verification.sentence}",
         "time": ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in explanation.seconds.items()),
     }
     for name, value in lines.items():
@@ -83,6 +112,10 @@ def _damping(damping: float | Mapping[str, float]) -> str:
     if isinstance(damping, Mapping):
         return f"{min(damping.values()):.4g} to {max(damping.values()):.4g} over {len(damping)} blocks"
     return _number(damping)
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{low:.4g} to {high:.4g}" if math.isfinite(low) and math.isfinite(high) else "—"
 
 
 def _number(value: Any) -> str:

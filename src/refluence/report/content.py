@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,12 @@ from refluence.report.facts import CoverageRow, Fact, Measured, coverage_rows, f
 from refluence.report.formatting import shorten
 from refluence.report.predictions import Example, Verdict, examine
 from refluence.report.presentation import Kind, Presentation, View, column_names, views
+from refluence.report.trust import Trust, trust
+from refluence.report.verification import Checked, checked, removed_rows
 from refluence.scores import Scores
+
+if TYPE_CHECKING:
+    from refluence.evaluation.verification import Verification
 
 Z95 = 1.959963984540054
 MAX_CARDS = 500
@@ -84,12 +89,14 @@ class Content:
     title: str
     kind: Kind
     measured: Measured
+    trust: Trust
     facts: tuple[Fact, ...]
     cards: tuple[Card, ...]
     explained: int
     suspects: tuple[Suspect, ...]
     suspects_asked: int
     self_influence_curve: tuple[tuple[float, float], ...]
+    checked: Checked | None
     n_train: int
     has_error: bool
     columns: tuple[str, ...]
@@ -139,6 +146,7 @@ def build_content(
     title: str,
     suspicious: int,
     notes: Sequence[str],
+    verification: Verification | None = None,
 ) -> Content:
     """The content of the page.
 
@@ -172,7 +180,8 @@ def build_content(
     self_influence = influence.self_influence().detach().double().cpu().numpy()
     ranking = np.argsort(-self_influence, kind="stable")[: min(suspicious, MAX_SUSPICIOUS)].tolist()
 
-    shown_train = {int(train_rows[j]) for sides in strongest for side in sides for j in side} | set(ranking)
+    removed = {row for rows in removed_rows(verification) for row in rows[:1]}
+    shown_train = {int(train_rows[j]) for sides in strongest for side in sides for j in side} | set(ranking) | removed
     train_examples = examine(task, train, shown_train, presentation, "train")
     test_examples = examine(task, test, test_rows.tolist(), presentation, "test")
     everything = [*train_examples.values(), *test_examples.values()]
@@ -206,12 +215,14 @@ def build_content(
         title=shorten(str(title), 200),
         kind=all_views[0].kind,
         measured=measured(task),
+        trust=trust(influence, verification),
         facts=facts(influence, scores),
         cards=tuple(cards),
         explained=len(scores.test_ids),
         suspects=_suspects(ranking, self_influence, train_examples, train_views),
         suspects_asked=min(suspicious, len(self_influence)),
         self_influence_curve=_curve(self_influence),
+        checked=None if verification is None else checked(verification, train_examples, train_views),
         n_train=len(self_influence),
         has_error=errors is not None,
         columns=columns if all_views[0].kind == "table" else (),

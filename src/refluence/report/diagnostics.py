@@ -9,6 +9,7 @@ from typing import Any
 from refluence.report.formatting import count, number, percent, shorten
 
 MAX_NAMES = 6
+RESIDUAL, NEGATIVE = "Relative residual", "Negative eigenvalues"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def _residual(diagnostics: Mapping[str, Any]) -> Iterator[Finding]:
     missed = len(residual) - int(diagnostics.get("converged", len(residual)))
     if missed:
         reading += f"; {missed:,} of {count(len(residual), 'right-hand side')} did not reach the tolerance"
-    yield Finding("Relative residual", number(max(residual), 2), reading, caution=missed > 0)
+    yield Finding(RESIDUAL, number(max(residual), 2), reading, caution=missed > 0)
 
 
 def _negative(diagnostics: Mapping[str, Any]) -> Iterator[Finding]:
@@ -54,7 +55,7 @@ def _negative(diagnostics: Mapping[str, Any]) -> Iterator[Finding]:
     reading = "made positive by l2 and damping"
     if below:
         reading = f"{below:,.0f} stay negative with the damping: scores need not be effects of a removal"
-    yield Finding("Negative eigenvalues", f"{negative:,.0f}", reading, caution=below > 0)
+    yield Finding(NEGATIVE, f"{negative:,.0f}", reading, caution=below > 0)
 
 
 def _rank(diagnostics: Mapping[str, Any]) -> Iterator[Finding]:

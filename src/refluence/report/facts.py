@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from refluence.gradients.coverage import KINDS
 from refluence.influence import Influence
-from refluence.report.diagnostics import findings
+from refluence.report.diagnostics import NEGATIVE, RESIDUAL, findings
 from refluence.report.formatting import count, number, percent, shorten
 from refluence.scores import Scores
 from refluence.task import Task
@@ -87,16 +87,25 @@ def measured(task: Task) -> Measured:
 
 
 def facts(influence: Influence, scores: Scores) -> tuple[Fact, ...]:
-    """The facts band of a fit and its scores."""
+    """The facts band of a fit and its scores: what was computed."""
     return (
         _coverage(influence),
         Fact("Training examples", f"{influence.n_train:,}", "each one can be named as helpful or harmful"),
         _exactness(influence, scores),
-        *_diagnostics(influence),
+        *(fact for fact in _diagnostics(influence) if fact.name not in (RESIDUAL, NEGATIVE)),
+        Fact("Explains", measured(influence.task).noun, measured(influence.task).sentence),
+    )
+
+
+def grounds(influence: Influence) -> tuple[Fact, ...]:
+    """What trust in the scores rests on beside checks against reality, each said also where it is not known."""
+    reported = {fact.name: fact for fact in _diagnostics(influence)}
+    return (
+        _convergence(influence.gradient_norm, influence.gradient_rms),
+        reported.get(RESIDUAL, _no_residual(influence)),
         _damping(influence.damping, influence.task.l2),
         _dimension(influence),
-        _convergence(influence.gradient_norm, influence.gradient_rms),
-        Fact("Explains", measured(influence.task).noun, measured(influence.task).sentence),
+        reported.get(NEGATIVE, _no_negative(influence)),
     )
 
 
@@ -147,6 +156,20 @@ def _exactness(influence: Influence, scores: Scores) -> Fact:
     if "residual" in influence.diagnostics:
         return Fact("Solver", name, f"{how}exact up to the relative residual")
     return Fact("Solver", name, f"{how}no error bars, how far the scores are off is not known", "caution")
+
+
+def _no_residual(influence: Influence) -> Fact:
+    if influence.exact:
+        return Fact(RESIDUAL, "none", "solved directly, without iterations")
+    return Fact(RESIDUAL, "not known", "the solver is an approximation that does not measure it")
+
+
+def _no_negative(influence: Influence) -> Fact:
+    if influence.curvature != "hessian":
+        return Fact(NEGATIVE, "none", "this curvature has none by its definition")
+    if "negative_eigenvalues" in influence.diagnostics:
+        return Fact(NEGATIVE, "none", "none was found")
+    return Fact(NEGATIVE, "not known", "this solver does not look for them")
 
 
 def _diagnostics(influence: Influence) -> Iterator[Fact]:

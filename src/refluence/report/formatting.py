@@ -30,6 +30,11 @@ def signed(value: float, digits: int = 2) -> str:
     return f"+{text}" if value > 0 else text
 
 
+def statistic(value: float) -> str:
+    """`number` of a statistic that may not exist."""
+    return number(value) if math.isfinite(value) else "—"
+
+
 def percent(share: float) -> str:
     """A share of one as per cent: 0.4 %, 12 %, 100 %."""
     if not math.isfinite(share):

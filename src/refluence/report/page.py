@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -25,6 +25,9 @@ from refluence.report.csv_export import csv_text
 from refluence.report.pictures import Picture
 from refluence.report.presentation import Presentation, View
 from refluence.scores import Scores
+
+if TYPE_CHECKING:
+    from refluence.evaluation.verification import Verification
 
 MAX_BYTES = 9_900_000
 _JSON_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -42,6 +45,7 @@ def write_report(
     title: str = "Which training examples made the model do that?",
     suspicious: int = 50,
     notes: Sequence[str] = (),
+    verification: Verification | None = None,
 ) -> Path:
     """Write the report as one HTML file that needs no network and is smaller than 10 MB.
 
@@ -55,6 +59,7 @@ def write_report(
         title: the page's heading.
         suspicious: how many of the highest self-influence are listed, at most 1,000.
         notes: sentences of your own, shown below the facts.
+        verification: what `rf.evaluation.verify` found; the banner says so where nothing was verified.
 
     Returns:
         The path of the file. What had to be left out for its size is said on the page.
@@ -72,9 +77,10 @@ def write_report(
         title=title,
         suspicious=suspicious,
         notes=notes,
+        verification=verification,
     )
     path = Path(path)
-    _write_atomically(path, fit(content, MAX_BYTES))
+    write_atomically(path, fit(content, MAX_BYTES))
     return path
 
 
@@ -103,14 +109,14 @@ def fit(content: Content, limit: int) -> str:
 def render(content: Content) -> str:
     """The page of this content, whatever its size."""
     pictures = _numbered(content)
-    script = _asset("report.js")
-    page = _environment().get_template("report.html.j2")
+    script = asset("report.js")
+    page = environment().get_template("report.html.j2")
     return page.render(
         content=content,
         omissions=[*content.omissions, *_left_out(content)],
         pictures=list(pictures.values()),
         picture_class=lambda picture: pictures[picture.uri].name,
-        style=Markup(_asset("report.css")),
+        style=Markup(asset("report.css")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         csv_json=Markup(script_json(_suspects_csv(content))),
@@ -148,6 +154,8 @@ def _pictures(content: Content) -> Iterator[Picture]:
             yield card.view
             yield from (neighbour.view for _, side in card.sides for neighbour in side)
         yield from (suspect.view for suspect in content.suspects)
+        if content.checked is not None:
+            yield from (removal.view for removal in content.checked.removals)
 
     yield from (view.picture for view in shown() if view.picture is not None)
 
@@ -160,6 +168,13 @@ def _left_out(content: Content) -> Iterator[str]:
         )
     if len(content.suspects) < content.suspects_asked:
         yield f"{len(content.suspects):,} of {content.suspects_asked:,} suspicious examples are listed."
+    if content.checked is not None and len(content.checked.pairs) < content.checked.count:
+        yield (
+            f"{len(content.checked.pairs):,} of the {content.checked.count:,} pairs that were checked are shown, "
+            "evenly chosen; the statistics are of all."
+        )
+    if content.checked is not None and len(content.checked.removals) < content.checked.removed:
+        yield f"{len(content.checked.removals):,} of the {content.checked.removed:,} removed examples are listed."
     if len(content.coverage) < content.coverage_count:
         yield f"{len(content.coverage):,} of {content.coverage_count:,} parameters are in the table of coverage."
 
@@ -183,29 +198,32 @@ def _suspects_csv(content: Content) -> str:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates, with everything escaped that is not Markup."""
+    made = Environment(
         loader=PackageLoader("refluence.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "number": formatting.number,
         "signed": formatting.signed,
         "percent": formatting.percent,
         "shorten": formatting.shorten,
     }
-    return environment
+    return made
 
 
 @cache
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A style sheet or script of the pages."""
     return (resources.files("refluence.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is never seen half written; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     temporary = Path(name)
