@@ -10,6 +10,7 @@ from refluence._version import __version__
 if TYPE_CHECKING:
     from refluence import errors, evaluation, sketches, solvers, theory
     from refluence.damping import EffectiveDimension, RelativeDamping
+    from refluence.ensemble import Ensemble
     from refluence.execution import Execution
     from refluence.influence import Influence
     from refluence.scores import Scores
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EffectiveDimension",
+    "Ensemble",
     "Execution",
     "Influence",
     "RelativeDamping",
@@ -33,6 +35,7 @@ __all__ = [
 _HOMES = {
     "EffectiveDimension": "damping",
     "RelativeDamping": "damping",
+    "Ensemble": "ensemble",
     "Execution": "execution",
     "Influence": "influence",
     "Scores": "scores",

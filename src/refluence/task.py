@@ -103,6 +103,12 @@ def classification_logit(output: Any, batch: Batch) -> Float[Tensor, " n"]:
     return _mean_of_counting(-logits.gather(-1, targets[..., None])[..., 0], counts)
 
 
+def classification_error(output: Any, batch: Batch) -> Float[Tensor, " n"]:
+    """1 where another class than the target has the highest logit, mean over an example's targets."""
+    logits, targets, counts = _classes_last(output, batch_targets(batch))
+    return _mean_of_counting((logits.argmax(dim=-1) != targets).to(logits.dtype), counts)
+
+
 def _like_output(output: Any, batch: Batch, loss: str) -> Tensor:
     targets = batch_targets(batch)
     if not isinstance(output, Tensor) or targets.numel() != output.numel() or targets.shape[0] != output.shape[0]:
@@ -131,6 +137,12 @@ def binary_logit(output: Any, batch: Batch) -> Float[Tensor, " n"]:
     return _mean_per_example((1 - 2 * targets) * output)
 
 
+def binary_error(output: Any, batch: Batch) -> Float[Tensor, " n"]:
+    """1 where sigmoid(output) is on the other side of ½ than the target, mean over an example's outputs."""
+    targets = _like_output(output, batch, "binary_cross_entropy")
+    return _mean_per_example(((output > 0) != (targets > 0.5)).to(output.dtype))
+
+
 LOSSES: dict[str, PerExample] = {
     "cross_entropy": cross_entropy,
     "mse": mse,
@@ -142,6 +154,11 @@ MEASUREMENTS: dict[tuple[str, str], PerExample] = {
     ("binary_cross_entropy", "margin"): binary_logit,
     ("binary_cross_entropy", "logit"): binary_logit,
 }
+ERRORS: dict[str, PerExample] = {
+    "cross_entropy": classification_error,
+    "binary_cross_entropy": binary_error,
+}
+"""Whether a prediction is wrong: no measurement to explain, because it has no gradient, but one to take."""
 
 
 def _checked(function: PerExample, name: str) -> PerExample:
