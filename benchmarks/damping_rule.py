@@ -9,7 +9,7 @@ summed scores of a subset and the negated loss of the model retrained on it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,13 +18,11 @@ from scipy.stats import rankdata
 
 import refluence as rf
 from refluence.progress import track
-from refluence.zoo import load_benchmark
-from refluence.zoo.benchmark import Benchmark
-from refluence.zoo.models import build_model
-from refluence.zoo.training import evaluate, train
+from refluence.training import train
+from refluence.zoo import Benchmark, build_model, load_benchmark
 
 
-def ground_truth(dataset: str, model: str, benchmark, models: int) -> tuple[np.ndarray, np.ndarray]:
+def ground_truth(dataset: str, model: str, benchmark: Benchmark, models: int) -> tuple[np.ndarray, np.ndarray]:
     """Subset masks (models, n) and test losses of the retrained models (models, k)."""
     inputs, labels = benchmark.train
     masks = np.zeros((models, len(labels)), dtype=bool)
@@ -33,7 +31,14 @@ def ground_truth(dataset: str, model: str, benchmark, models: int) -> tuple[np.n
         rows = np.random.default_rng(s).choice(len(labels), len(labels) // 2, replace=False)
         masks[s, rows] = True
         subset = (inputs[rows], labels[rows])
-        retrained = train(lambda: build_model(dataset, model), subset, benchmark.recipe, seed=1000 + s, progress=False)
+        retrained = train(
+            benchmark.task,
+            subset,
+            benchmark.recipe,
+            build=partial(build_model, dataset, model),
+            seed=1000 + s,
+            progress=False,
+        )
         with torch.no_grad():
             losses.append(F.cross_entropy(retrained(benchmark.test[0]), benchmark.test[1], reduction="none").numpy())
     return masks, np.stack(losses)
@@ -50,16 +55,6 @@ def lds(scores: np.ndarray, masks: np.ndarray, losses: np.ndarray) -> tuple[floa
     return float(correlations.mean()), float(correlations.std(ddof=1) / np.sqrt(len(correlations)))
 
 
-def trained_for(dataset: str, model: str, epochs: int | None) -> Benchmark:
-    """A benchmark with its model, trained for another number of epochs than the published one if that is asked for."""
-    benchmark = load_benchmark(dataset, model)
-    if epochs is None:
-        return benchmark
-    recipe = dataclasses.replace(benchmark.recipe, epochs=epochs)
-    shorter = train(lambda: build_model(dataset, model), benchmark.train, recipe)
-    return dataclasses.replace(benchmark, task=rf.Task(shorter), recipe=recipe)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="mnist")
@@ -67,13 +62,12 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=50)
     parser.add_argument("--epochs", type=int, help="train for so many epochs instead of the published number")
     arguments = parser.parse_args()
-    benchmark = trained_for(arguments.dataset, arguments.model, arguments.epochs)
+    benchmark = load_benchmark(arguments.dataset, arguments.model, epochs=arguments.epochs)
     masks, losses = ground_truth(arguments.dataset, arguments.model, benchmark, arguments.models)
     influence = rf.Influence(benchmark.task, solver=rf.solvers.Gram()).fit(benchmark.train)
     automatic = float(influence.damping)
     grid = sorted([automatic, *(10.0**e for e in range(-8, 2))])
-    accuracy = evaluate(benchmark.task.model, benchmark.test).accuracy
-    print(f"{arguments.dataset} {arguments.model}: test accuracy {accuracy:.3f}, {arguments.models} halves")
+    print(f"{arguments.dataset} {arguments.model}: test accuracy {benchmark.accuracy:.3f}, {arguments.models} halves")
     print("| λ | d_λ | LDS | ± |\n| --- | --- | --- | --- |")
     for damping in grid:
         fitted = influence.at(damping)
