@@ -97,3 +97,18 @@ def test_wrong_input_is_named(problem, truth):
         evaluate({"exact": problem.influence()}, truth)
     with pytest.raises(DataError, match="method 'x' is a list"):
         evaluate({"x": [1, 2]}, truth)
+
+
+def test_a_method_named_as_a_baseline_keeps_its_own_numbers(problem):
+    influence = problem.influence()
+    wrong = torch.arange(0, 90, 9)
+    table = evaluate(
+        {"loss": influence, "random": influence.score(problem.test)},
+        test=problem.test,
+        train=problem.train,
+        wrong=wrong,
+        resamples=20,
+        progress=False,
+    ).set_index(["method", "metric"])
+    assert table.loc[("loss", "auroc"), "value"] == float(mislabel(influence.self_influence(), wrong).auroc)
+    assert ("random", "auroc") not in table.index

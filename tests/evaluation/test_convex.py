@@ -274,19 +274,22 @@ def test_an_influence_on_other_data_is_refused():
 
 @pytest.mark.data
 def test_mnist_with_its_empty_pixels():
-    """1,000 images of 784 pixels: a Newton-corrected prediction and the refits agree to a thousandth of the changes."""
+    """1,000 images of 14×14: Newton-corrected removal and the refits agree to a hundredth of the changes."""
     if not (Path(os.environ.get("REFLUENCE_DATA", "")) / "mnist").is_dir():
         pytest.skip("MNIST is not in $REFLUENCE_DATA")
     split = load_dataset("mnist", n_train=1000, n_test=50)
-    pixels = (split.train[0] * split.image.std + split.image.mean).clamp(min=0), split.train[1]
-    tests = (split.test[0] * split.image.std + split.image.mean).clamp(min=0), split.test[1]
+
+    def pixels(images: torch.Tensor) -> torch.Tensor:
+        return (images[:, :, ::2, ::2] * split.image.std + split.image.mean).clamp(min=0)
+
+    train, test = ((pixels(images), labels) for images, labels in (split.train, split.test))
+    assert int((train[0] == 0).all(dim=0).sum()) > 10
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        task = rf.Task(nn.Sequential(nn.Flatten(), nn.Linear(784, 10, bias=False)), l2=0.1)
-    truth = leave_one_out(task, pixels, tests, range(10), progress=False)
+        task = rf.Task(nn.Sequential(nn.Flatten(), nn.Linear(196, 10, bias=False)), l2=0.1)
+    truth = leave_one_out(task, train, test, range(10), progress=False)
     assert max(truth.manifest["gradient_norms"]) <= 1e-8
-    best = rf.Task(minimise(task, pixels, progress=False), l2=0.1)
-    influence = rf.Influence(best, "ggn", rf.solvers.Gram(), 0.0, dtype=torch.float64, progress=False).fit(pixels)
-    predicted = newton_removal(influence, tests, range(10), progress=False).changes.T
-    error = (predicted - truth.changes()).norm()
-    assert float(error) < 1e-3 * float(truth.changes().norm())
+    best = rf.Task(minimise(task, train, progress=False), l2=0.1)
+    influence = rf.Influence(best, "ggn", rf.solvers.Dense(), 0.0, dtype=torch.float64, progress=False).fit(train)
+    predicted = newton_removal(influence, test, range(10), progress=False).changes.T
+    assert float((predicted - truth.changes()).norm()) < 0.01 * float(truth.changes().norm())

@@ -158,6 +158,10 @@ def test_wrong_input_is_named(noisy):
         lds(scores, truth, confidence=95)
     with pytest.raises(DataError, match="resamples"):
         lds(scores, truth, resamples=0)
+    diverged = truth.measurements["loss"].clone()
+    diverged[7, 0, 2] = torch.nan
+    with pytest.raises(DataError, match="first of subset 7"):
+        lds(scores, GroundTruth(truth.masks, {"loss": diverged}))
 
 
 def test_scores_objects_are_taken(noisy):

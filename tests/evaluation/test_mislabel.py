@@ -97,3 +97,10 @@ def test_impossible_values():
         mislabel(torch.zeros(2, 3), [0])
     with pytest.raises(DataError, match="one finite number"):
         mislabel(torch.tensor([1.0, torch.nan]), [0])
+
+
+def test_a_mask_of_integers_is_not_taken_for_rows():
+    with pytest.raises(DataError, match="twice"):
+        mislabel(torch.arange(6.0), np.array([0, 1, 0, 0, 1, 0]))
+    with pytest.raises(DataError, match="0 of 6 labels are wrong"):
+        mislabel(torch.arange(6.0), [])

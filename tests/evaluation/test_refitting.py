@@ -284,7 +284,7 @@ def test_a_start_for_each_and_one_for_all():
     torch.testing.assert_close(shared.parameters, reached, rtol=0, atol=1e-9)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(scale=st.floats(0.02, 50.0), seed=st.integers(0, 99))
 def test_a_poor_step_still_reaches_the_minimum(scale, seed):
     """Steps many times too long or too short, and bent, from afar."""

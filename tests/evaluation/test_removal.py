@@ -127,3 +127,5 @@ def test_wrong_input_is_named(effects):
         removal_curve(effects[:4], world, [1])
     with pytest.raises(DataError, match="tests must be"):
         removal_curve(effects, world, [1], tests="mean")
+    with pytest.raises(DataError, match="'scores' hold NaN"):
+        removal_curve(torch.where(effects > 2, torch.nan, effects), Additive(effects), [1])

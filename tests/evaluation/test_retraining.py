@@ -1,3 +1,4 @@
+import functools
 import os
 import signal
 import subprocess
@@ -189,3 +190,55 @@ def test_refusals(tmp_path):
     retrain(task(), TRAIN, TEST, 1, RECIPE, path=kept, keep_models=True, progress=False)
     with pytest.raises(TaskError, match="other parameters"):
         load_models(kept, rf.Task(nn.Linear(64, 10)))
+
+
+def scaled(factor):
+    def loss(output, batch):
+        return factor * nn.functional.cross_entropy(output, batch[1], reduction="none")
+
+    return loss
+
+
+def partial_of(factor):
+    return functools.partial(lambda output, batch, by: by * scaled(1)(output, batch), by=factor)
+
+
+class Scale(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(factor))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda factor: rf.Task(build(), loss=scaled(factor)),
+        lambda factor: rf.Task(build(), loss=partial_of(factor)),
+        lambda factor: rf.Task(nn.Sequential(Scale(factor), build())),
+        lambda factor: rf.Task(
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to([torch.float32, torch.float64][int(factor) - 1])
+        ),
+    ],
+    ids=["closure", "partial", "buffer", "dtype"],
+)
+def test_a_folder_of_another_task_of_the_same_source_is_refused(make, tmp_path):
+    recipe = Recipe(0.1, 1, 64)
+    retrain(make(1.0), TRAIN, TEST, 2, recipe, path=tmp_path, progress=False)
+    retrain(make(1.0), TRAIN, TEST, 2, recipe, path=tmp_path, progress=False)
+    with pytest.raises(DataError, match="another retraining"):
+        retrain(make(2.0), TRAIN, TEST, 2, recipe, path=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_model_that_lacks_a_parameter_is_not_measured_with_the_tasks(own):
+    task = rf.Task(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+
+    def without(*_):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+
+    recipe, make = (without, None) if own else (RECIPE, without)
+    with pytest.raises(TaskError, match=r"another architecture.*'1.bias'"):
+        retrain(task, TRAIN, TEST, 2, recipe, build=make, progress=False)

@@ -45,3 +45,10 @@ def test_leaving_out_what_cannot_be(groups, message):
 def test_no_subsets_are_refused():
     with pytest.raises(DataError, match="at least 1"):
         random_subsets(10, 0)
+
+
+@pytest.mark.parametrize("rows", [np.array([1, 3]), torch.tensor([1, 3])])
+def test_rows_of_numpy_and_torch_are_rows(rows):
+    assert torch.equal(leave_out(5, rows), leave_out(5, [1, 3]))
+    assert torch.equal(leave_out(5, [rows]), leave_out(5, [[1, 3]]))
+    assert torch.equal(leave_out(5, list(rows)), leave_out(5, [1, 3]))

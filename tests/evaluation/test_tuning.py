@@ -74,3 +74,5 @@ def test_wrong_input_is_named(problem, truth):
             tune_damping(influence, problem.test, truth, GRID, share=share)
     with pytest.raises(DataError, match="grid"):
         tune_damping(influence, problem.test, truth, [])
+    with pytest.raises(DataError, match="20 rows and the ground truth 19"):
+        tune_damping(influence, problem.test, truth.tests(range(19)), GRID)

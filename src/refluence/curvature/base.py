@@ -73,6 +73,12 @@ class Curvature(ABC):
         """
         raise PlanError(f'curvature "{self.name}" cannot be had for a batch of examples: use batch_size=None')
 
+    def sampled_each(self, rows: Int64[Tensor, "g b"], vectors: Vectors) -> Vectors:
+        """`sampled` for g sets of b examples, each on its own share of the columns, in their order."""
+        parts = {block: v.chunk(rows.shape[0], dim=1) for block, v in vectors.items()}
+        each = [self.sampled(chosen, {b: part[i] for b, part in parts.items()}) for i, chosen in enumerate(rows)]
+        return {block: torch.cat([products[block].T for products in each]).T for block in vectors}
+
     def operator(self, block: str) -> Apply:
         """v ↦ C_b v."""
         return partial(self._product, block)

@@ -77,6 +77,6 @@ def feature_rows(rows: GradientRows, roots: Roots, q: int, memory: int) -> Gradi
 
     def along(model: nn.Module, pair: Any) -> Tensor:
         batch, directions = pair
-        return (task.output(model, batch).unsqueeze(1) * directions).flatten(2).sum(dim=2)
+        return (task.output(model, batch).unsqueeze(1) * directions).reshape(*directions.shape[:2], -1).sum(dim=2)
 
     return GradientRows(rows.capture, rows.batches.mapped(paired), along, memory, rows.progress, q)

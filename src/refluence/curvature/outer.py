@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cached_property
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from refluence.curvature.base import Curvature, Vectors
+from refluence.curvature.dense_outer import shared_moment
 from refluence.errors import PlanError
 from refluence.gradients.blocks import CHUNK_ELEMENTS, GradientBlock
 from refluence.gradients.rows import GradientRows
 from refluence.gradients.selection import select_rows
+from refluence.gradients.shared_factors import Layers, batch_layers, sampled_products, shared_layers
 
 
 class OuterCurvature(Curvature):
@@ -83,8 +88,27 @@ class OuterCurvature(Curvature):
                 _add_product(out[block], select_rows(blocks[block], among), v, weights, 1 / rows.numel())
         return out
 
+    def sampled_each(self, rows: Int64[Tensor, "g b"], vectors: Vectors) -> Vectors:
+        """`sampled` for g sets of b examples side by side, where every layer has one outer product an example."""
+        k = next(iter(vectors.values())).shape[1]
+        layers = self._layers if self.features.kept else {}
+        out = {}
+        for block, v in vectors.items():
+            batches = layers.get(block)
+            if batches is None or rows.shape[1] * k * widest(batches[0][1]) > CHUNK_ELEMENTS:
+                return super().sampled_each(rows, vectors)
+            out[block] = sampled_products(batches, rows, self.weights, v)
+        return out
+
+    @cached_property
+    def _layers(self) -> dict[str, list[tuple[int, Layers]] | None]:
+        """Block → the factors of every batch of kept features, None where a layer has no shared ones."""
+        return {block: batch_layers((start, blocks[block]) for start, blocks in self.features) for block in self.groups}
+
     def _dense(self, block: str) -> Float[Tensor, "d d"]:
         d = self.dimensions[block]
+        if (shared := shared_moment(self._factors(block), d, self.device)) is not None:
+            return shared.div_(self.n)
         moment = torch.zeros(d, d, dtype=torch.float64, device=self.device)
         step = max(1, CHUNK_ELEMENTS // max(1, d))
         for start, blocks in self.features:
@@ -95,6 +119,13 @@ class OuterCurvature(Curvature):
                 left = values if weights is None else values * weights[first : first + step, None]
                 moment.addmm_(left.T, values, alpha=1.0 / self.n)
         return (moment + moment.T) / 2
+
+    def _factors(self, block: str) -> Iterator[tuple[Layers | None, Tensor | None]]:
+        """(factors, weights of the examples) of every batch; None where a layer has no shared ones."""
+        for start, blocks in self.features:
+            count = blocks[block].n // self.q
+            weights = None if self.weights is None else self.weights[start : start + count].to(self.device)
+            yield shared_layers(blocks[block]), weights
 
     def diagonal(self) -> dict[str, Float[Tensor, " d"]]:
         """Block → the diagonal of C_b."""
@@ -117,6 +148,11 @@ class OuterCurvature(Curvature):
                 weights = self.feature_weights(start, rows.n)
                 totals[block] += float((norms if weights is None else norms * weights).sum()) / self.n
         return totals
+
+
+def widest(layers: Layers) -> int:
+    """The most rows of a layer's weight matrix."""
+    return max(shared.rows.shape[2] for shared, _ in layers)
 
 
 def _add_product(

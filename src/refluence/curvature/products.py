@@ -114,6 +114,30 @@ def gauss_newton_products(
             return _gauss_newton_by_double_backward(model, task, batch, vectors, curved)
 
 
+def output_products(
+    model: nn.Module, task: Task, names: Sequence[str], batch: Batch, vectors: Vectors, chunk: int
+) -> Float[Tensor, "k n ..."]:
+    """J_i v for every example: how the output moves, to first order, where the parameters `names` move by v.
+
+    Arguments as for `hessian_products`.
+
+    Raises:
+        TaskError: an output that is not one floating-point tensor, or a model without the derivatives.
+    """
+    chosen, call = _functional(model, task.output, names, batch)
+    vectors = _like(chosen, vectors)
+    every = _vectorised(lambda vector: jvp(call, (chosen,), (vector,))[1])
+    with second_order(model), torch.enable_grad():
+        try:
+            root_count(task, call(chosen))  # for its error where the output is not one tensor
+            return torch.cat([every(part).detach() for part in _chunks(vectors, chunk)])
+        except RuntimeError:
+            with _named(model, "derivative of the output", "scores, which need one derivative only"):
+                output, pushed = _pushed(model, task, batch, list(vectors))
+                parts = [[column[0] for column in part.values()] for part in _chunks(vectors, 1)]
+                return torch.stack([pushed(part) for part in parts]).to(output)
+
+
 def _functional(
     model: nn.Module, function: Callable[[nn.Module, Batch], Any], names: Sequence[str], batch: Batch
 ) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], Any]]:
@@ -157,16 +181,23 @@ def _vectorised(function: Callable) -> Callable:
 def _by_chunks(function: Callable[[Products], Products], vectors: Products, chunk: int) -> Products:
     """`function` of at most `chunk` of the k vectors at a time."""
     found = {name: torch.zeros_like(vector, memory_format=torch.contiguous_format) for name, vector in vectors.items()}
-    for start in range(0, next(iter(vectors.values())).shape[0], chunk):
-        stretch = slice(start, start + chunk)
-        for name, product in function({name: vector[stretch] for name, vector in vectors.items()}).items():
+    start = 0
+    for part in _chunks(vectors, chunk):
+        stretch = slice(start, start := start + chunk)
+        for name, product in function(part).items():
             found[name][stretch] = product.detach()
     return found
 
 
+def _chunks(vectors: Products, chunk: int) -> Iterator[Products]:
+    """At most `chunk` of the k vectors at a time."""
+    for start in range(0, next(iter(vectors.values())).shape[0], chunk):
+        yield {name: vector[start : start + chunk] for name, vector in vectors.items()}
+
+
 @contextmanager
 def _named(model: nn.Module, what: str, others: str) -> Iterator[None]:
-    """An error that says which curvatures are left where a model has not the derivatives."""
+    """An error that says what is left where a model has not the derivatives."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -174,7 +205,7 @@ def _named(model: nn.Module, what: str, others: str) -> Iterator[None]:
     except RuntimeError as error:
         raise TaskError(
             f"the {what} of {type(model).__name__} needs a derivative that one of its operations has not ({error}): "
-            f"use the curvature {others}"
+            f"use {others}"
         ) from error
 
 
@@ -199,7 +230,7 @@ def _hessian_by_double_backward(
         found = _gradients(slopes, leaves, [column[0] for column in columns.values()], graph=False)
         return {name: one[None] for name, one in zip(columns, found, strict=True)}
 
-    with _named(model, "Hessian", '"ggn" or "fisher"'):
+    with _named(model, "Hessian", 'the curvature "ggn" or "fisher"'):
         slopes = _gradients([total], leaves, [None], graph=True)
         return _by_chunks(product, vectors, 1)
 
@@ -209,16 +240,25 @@ def _gauss_newton_by_double_backward(
 ) -> Products:
     own = dict(model.named_parameters())
     leaves = [own[name] for name in vectors]
-    output = task.output(model, batch)
-    root_count(task, output)
-    dual = torch.zeros_like(output, requires_grad=True)
 
     def product(columns: Products) -> Products:
-        tangent = _gradients(pulled, [dual], [column[0] for column in columns.values()], graph=False)[0]
+        tangent = pushed([column[0] for column in columns.values()])
         found = _gradients([output], leaves, [curved(output, tangent[None])[0]], graph=False)
         return {name: one[None] for name, one in zip(columns, found, strict=True)}
 
-    with _named(model, "Gauss–Newton matrix", '"fisher"'):
-        # Jᵀu is linear in u, so that J v is the derivative of ⟨Jᵀu, v⟩ in u.
-        pulled = _gradients([output], leaves, [dual], graph=True)
+    with _named(model, "Gauss–Newton matrix", 'the curvature "fisher"'):
+        output, pushed = _pushed(model, task, batch, list(vectors))
         return _by_chunks(product, vectors, 1)
+
+
+def _pushed(
+    model: nn.Module, task: Task, batch: Batch, names: Sequence[str]
+) -> tuple[Tensor, Callable[[Sequence[Tensor]], Tensor]]:
+    """The output with its graph, and v ↦ J v by two backward passes."""
+    own = dict(model.named_parameters())
+    output = task.output(model, batch)
+    root_count(task, output)
+    dual = torch.zeros_like(output, requires_grad=True)
+    # Jᵀu is linear in u, so that J v is the derivative of ⟨Jᵀu, v⟩ in u.
+    pulled = _gradients([output], [own[name] for name in names], [dual], graph=True)
+    return output, lambda vector: _gradients(pulled, [dual], list(vector), graph=False)[0]

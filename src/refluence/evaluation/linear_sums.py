@@ -27,6 +27,7 @@ from refluence.evaluation.sums import (
     Value,
     device_of,
     float64_copy,
+    indexed,
     pieces,
 )
 from refluence.execution import Execution
@@ -115,7 +116,7 @@ class LinearSums(Sums):
             rows = rows.to(thetas.device)
             x = self.inputs[rows]
             outputs = torch.bmm(x, thetas[which][:, self.index].mT)
-            batch = tree_map(lambda leaf, rows=rows: leaf[rows], self.targets)
+            batch = indexed(self.targets, rows)
             value, errors = self._errors(outputs, batch, (0, 0))
             values[which] += value
             sums[which] += torch.bmm(errors.mT, x)
@@ -150,10 +151,7 @@ class LinearSums(Sums):
                 raise
             except RuntimeError:
                 self._vectorised = False
-        own = [
-            batch if dims[1] is None else tree_map(lambda leaf, i=i: leaf[i], batch)
-            for i in range(outputs.shape[dims[0]])
-        ]
+        own = [batch if dims[1] is None else indexed(batch, i) for i in range(outputs.shape[dims[0]])]
         return torch.stack([summed(output, one) for output, one in zip(outputs.unbind(dims[0]), own, strict=True)])
 
 

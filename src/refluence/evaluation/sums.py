@@ -101,8 +101,7 @@ class ModelSums(Sums):
         values, gradients = thetas.new_zeros(len(thetas)), torch.zeros_like(thetas)
         with evaluation_mode(self.model):
             for which, rows in pieces(sets, BATCH_ROWS):
-                batch = self.batches.select(rows.flatten().tolist())
-                batch = tree_map(lambda x, shape=rows.shape: x.unflatten(0, shape), batch)
+                batch = indexed(self.batches.select(rows.flatten().tolist()), torch.arange(rows.numel()).view_as(rows))
                 value, gradient = self._of_batch(thetas[which], batch, shared=False)
                 values[which] += value
                 gradients[which] += gradient
@@ -138,10 +137,7 @@ class ModelSums(Sums):
                 raise
             except RuntimeError:
                 self._vectorised = False
-        single = [
-            self._one(theta, batch if shared else tree_map(lambda x, i=i: x[i], batch))
-            for i, theta in enumerate(thetas)
-        ]
+        single = [self._one(theta, batch if shared else indexed(batch, i)) for i, theta in enumerate(thetas)]
         return torch.stack([value for value, _ in single]), torch.stack([gradient for _, gradient in single])
 
     def _one(self, theta: Float64[Tensor, " d"], batch: Any) -> tuple[Tensor, Tensor]:
@@ -171,6 +167,11 @@ def pieces(sets: Sequence[Sequence[int]], rows: int) -> Iterator[tuple[Int64[Ten
             last = min(first + width, size)
             for some in torch.tensor(which).split(max(1, rows // (last - first))):
                 yield some, torch.tensor([list(sets[i])[first:last] for i in some.tolist()])
+
+
+def indexed(batch: Any, index: int | Int64[Tensor, "..."]) -> Any:
+    """Every tensor of a batch at `index`."""
+    return tree_map(lambda tensor: tensor[index], batch)
 
 
 def float64_copy(model: nn.Module) -> nn.Module:

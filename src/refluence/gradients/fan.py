@@ -74,7 +74,7 @@ class FanBlock(GradientBlock):
         if isinstance(other, ZeroBlock):
             return
         mine = self.shared
-        theirs = _shared_of(other)
+        theirs = shared_of(other)
         if mine is not None and theirs is not None:
             _add_shared_gram(out, mine, theirs)
             return
@@ -148,7 +148,8 @@ class FanBlock(GradientBlock):
         return sum(part.inner_product_work() for part in self.parts) / len(self.parts)
 
 
-def _shared_of(block: GradientBlock) -> Shared | None:
+def shared_of(block: GradientBlock) -> Shared | None:
+    """The factors of a block of one outer product an example, None of any other."""
     if isinstance(block, FanBlock):
         return block.shared
     if isinstance(block, OuterBlock) and (single := block.single) is not None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from refluence.curvature import Curvature, OuterCurvature, Vectors
@@ -28,6 +28,12 @@ SINGULAR = 100.0
 """An eigenvalue below SINGULAR·ε of the largest is zero to rounding."""
 DEEPEST = 100_000
 ASSUMED_DEPTH = 1000
+TOGETHER_BYTES = 256 << 20
+"""Memory for the repeats that run side by side."""
+FEW = 32
+"""A share of the examples below 1/FEW is drawn one by one, and what came before drawn again."""
+AHEAD = 256
+"""Single rows that are drawn at once."""
 UNRELATED = 1_000_003
 
 
@@ -96,8 +102,10 @@ class Lissa:
         """`depth` products for each test; where it is left open, a thousand are counted."""
         depth = ASSUMED_DEPTH if self.depth is None else self.depth
         share = 1.0 if self.batch_size is None else min(1.0, self.batch_size / w.n)
+        columns = w.itemsize * w.d * w.tests
+        together = min(self.repeats * columns, max(columns, TOGETHER_BYTES))
         return Cost(
-            fixed=4.0 * w.itemsize * w.d * w.tests + w.itemsize * SPECTRUM_STEPS * w.d + w.test_bytes + w.score_bytes,
+            fixed=4.0 * together + w.itemsize * SPECTRUM_STEPS * w.d + w.test_bytes + w.score_bytes,
             kept=w.n * (w.bytes_per_row + w.feature_bytes_per_row),
             work=(w.tests * (self.repeats * (depth * share + 1)) + SPECTRUM_STEPS) * w.product_work + w.dot_work,
             passes=float(self.repeats * (depth * share + 1) + SPECTRUM_STEPS + 1),
@@ -110,7 +118,7 @@ class LissaState(OperatorState):
     def __init__(self, curvature: Curvature, solver: Lissa, ends: dict[str, Ends], largest: dict[str, float]) -> None:
         super().__init__(curvature)
         self.solver, self.ends, self.largest = solver, ends, largest
-        self.draw = curvature.sampled if self._batched else None
+        self.draw = curvature.sampled_each if self._batched else None
 
     @property
     def _batched(self) -> bool:
@@ -199,20 +207,30 @@ class LissaState(OperatorState):
             [right.new_full((v.shape[0], 1), self.scale(block, shifts[block])) for block, v in vectors.items()]
         )
         total, residuals = torch.zeros_like(right), []
-        for repeat in range(self.solver.repeats):
-            found = self._recursion(system, right, scales, depth, repeat).div_(scales)
-            residuals.append(system.apply(found) - right)
-            total += found / self.solver.repeats
+        for repeats in torch.arange(self.solver.repeats).split(self._together(right)):
+            found = self._recursion(system, right.T.repeat(len(repeats), 1).T, scales, depth, repeats.tolist())
+            products = system.apply(found.div_(scales))
+            residuals += [product - right for product in products.split(right.shape[1], dim=1)]
+            total += found.unflatten(1, (len(repeats), -1)).sum(dim=1) / self.solver.repeats
         residual = self._report(residuals, right, depth, shifts)
         values = {block: part.to(vectors[block].dtype) for block, part in system.split(total).items()}
         iterations = torch.full(residual.shape, depth, dtype=torch.int64, device=residual.device)
         return Solution(values, residual, iterations, residual <= self.solver.tolerance)
 
+    def _together(self, right: Float[Tensor, "d k"]) -> int:
+        """How many repeats run side by side."""
+        return max(1, TOGETHER_BYTES // max(1, right.numel() * right.element_size()))
+
     def _recursion(
-        self, system: JointSystem, right: Float[Tensor, "d k"], scales: Float[Tensor, "d 1"], depth: int, repeat: int
+        self,
+        system: JointSystem,
+        right: Float[Tensor, "d k"],
+        scales: Float[Tensor, "d 1"],
+        depth: int,
+        repeats: list[int],
     ) -> Float[Tensor, "d k"]:
-        """Scaled block by block, so that the scale of all is 1."""
-        product = self._product(system, repeat)
+        """Of several repeats side by side, scaled block by block, so that the scale of all is 1."""
+        product = self._product(system, repeats)
 
         def apply(vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
             return product(vectors).div_(scales)
@@ -236,14 +254,14 @@ class LissaState(OperatorState):
             label=f"{float(scales.min()):.4g}",
         )
 
-    def _product(self, system: JointSystem, repeat: int) -> Callable[[Tensor], Tensor]:
+    def _product(self, system: JointSystem, repeats: list[int]) -> Callable[[Tensor], Tensor]:
         draw, size = self.draw, self.solver.batch_size
-        if draw is None or not self._batched:
+        if draw is None or size is None:
             return system.apply
-        generator = torch.Generator("cpu").manual_seed(self.solver.seed + UNRELATED * repeat)
+        draws = [draws_of(self.n, size, self.solver.seed + UNRELATED * repeat) for repeat in repeats]
 
         def product(joint: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-            rows = torch.randperm(self.n, generator=generator)[:size]
+            rows = torch.stack([next(own) for own in draws])
             vectors = system.split(joint)
             products = draw(rows.to(joint.device), vectors)
             return system.join({b: products[b].add_(v, alpha=system.shifts[b]) for b, v in vectors.items()})
@@ -270,6 +288,24 @@ class LissaState(OperatorState):
             self.diagnostics["residual_noise"] = 0.0 if exact else float(noise.max())
             self.diagnostics["residual_bias"] = float(bias.max())
         return residual
+
+
+def draws_of(n: int, size: int, seed: int) -> Iterator[Int64[Tensor, " b"]]:
+    """Batches of `size` of n rows at random, without end, no row twice in a batch.
+
+    Where a batch is a small share of the rows a draw takes time for its own rows only.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    while True:
+        if size == 1:
+            yield from torch.randint(n, (AHEAD, 1), generator=generator)
+        elif size * FEW > n:
+            yield torch.randperm(n, generator=generator)[:size]
+        else:
+            rows: dict[int, None] = {}
+            while len(rows) < size:
+                rows |= dict.fromkeys(torch.randint(n, (size,), generator=generator).tolist())
+            yield torch.tensor(list(rows)[:size])
 
 
 def largest_examples(curvature: OuterCurvature) -> dict[str, float]:
