@@ -38,7 +38,7 @@ class Ensemble:
         "mean":    τ_ij = (1/c) Σ_c τ_c,ij
         "tracin":  τ_ij = Σ_c η_c τ_c,ij, the η_c step sizes: with solver Identity, Pruthi et al. 2020, eq. 3 (TracInCP)
         "trak":    τ_ij = (1/c Σ_c (1 − p_c,j)) · (1/c Σ_c n φ_c,iᵀ(Φ_cᵀΦ_c + nλ)⁻¹φ_c,j), φ the gradients of the margin
-                   log p/(1 − p) in model c: Park et al. 2023, eq. 13–17
+                   log p/(1 − p) in model c, λ with the task's l2: Park et al. 2023, eq. 13–17
 
     The error of a score is the standard error of the mean over models, in quadrature with the models' own errors over
     √c: what other models of the same training would give, where the models differ by their seeds. Checkpoints of one

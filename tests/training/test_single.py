@@ -7,7 +7,8 @@ from torch import nn
 
 import refluence as rf
 from refluence.errors import DataError, TaskError
-from refluence.training import Recipe, fresh_model, stream, train
+from refluence.training import Recipe, fresh_model, stream, train, train_together
+from refluence.training.single import batches_of, own_randomness
 from training.architectures import BRANCHING, CASES, NOISY, PartlyFrozen
 
 MLP = CASES["mlp with dropout"]
@@ -178,3 +179,57 @@ def test_a_module_that_cannot_be_drawn_anew_is_named():
 
     with pytest.raises(TaskError, match=r"'1' \(Own\).*\(scale\).*give `build`"):
         fresh_model(nn.Sequential(nn.Linear(2, 3), Own()))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [(torch.arange(40) >= 20, "mask.nonzero"), ([3, -1], "row -1"), ([40], "row 40"), ([], "no rows")],
+)
+def test_rows_that_are_no_rows(rows, message):
+    data = torch.randn(40, 3), torch.zeros(40, dtype=torch.int64)
+    with pytest.raises(DataError, match=message):
+        train(rf.Task(nn.Linear(3, 2)), data, Recipe(0.1, 1, 8), rows=rows, progress=False)
+
+
+class SharedGradients(nn.Module):
+    """The gradients of a and b are one tensor, and that of c is one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3, bias=False)
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(3)) for _ in range(3))
+
+    def forward(self, x):
+        return (self.linear(x) + (self.a + self.b)) * self.c.sum()
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe(0.1, 2, 8, clip=0.05), Recipe(0.01, 2, 8, optimizer="adamw", l2=0.5)], ids=["clip", "adamw's l2"]
+)
+def test_gradients_that_share_memory_are_changed_once(recipe):
+    def build():
+        return SharedGradients().double()
+
+    data = torch.randn(24, 4).double(), torch.randint(0, 3, (24,))
+    with own_randomness(5):
+        model = build()
+    settings = {"weight_decay": 0.0} if recipe.optimizer == "adamw" else {}
+    optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[recipe.optimizer](
+        model.parameters(), recipe.learning_rate, **settings
+    )
+    for (rows,) in batches_of([torch.arange(24)], recipe, [5]):
+        optimizer.zero_grad()
+        F.cross_entropy(model(data[0][rows]), data[1][rows]).backward()
+        if recipe.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        for parameter in model.parameters():
+            parameter.grad = parameter.grad + recipe.l2 * parameter.detach()
+        optimizer.step()
+    expected = model.state_dict()
+    alone = train(rf.Task(build()), data, recipe, build=build, seed=5, progress=False)
+    [(_, together)] = train_together(
+        rf.Task(build()), data, [torch.arange(24)] * 2, [5, 6], recipe, build=build, together=2, progress=False
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(alone.state_dict()[name], value)
+        torch.testing.assert_close(together[name][0], value)

@@ -183,3 +183,27 @@ def test_a_model_without_trained_parameters_is_refused():
             case.task(), case.data, subsets(), range(MODELS), SGD,
             build=lambda: nn.Linear(6, 3).double().requires_grad_(False), progress=False,
         )  # fmt: skip
+
+
+def test_a_state_of_another_objective_is_not_taken_up(tmp_path, monkeypatch):
+    from refluence.training import workers
+    from refluence.training.group import Group
+
+    monkeypatch.setattr(workers, "SAVE_SECONDS", 0.0)
+    data = torch.randn(20, 3), torch.zeros(20, dtype=torch.int64)
+    rows, recipe = [torch.arange(10), torch.arange(10, 20)], Recipe(0.1, 4, 5)
+
+    def start(l2):
+        return train_together(
+            rf.Task(nn.Linear(3, 2), l2=l2), data, rows, [0, 1], recipe, path=tmp_path, progress=False
+        )
+
+    models, _ = next(start(0.0))  # closed before it is asked for more, as by a kill
+    assert models == [0, 1]
+    assert list(tmp_path.glob("training-*"))
+    resumed = []
+    resume = Group.resume
+    monkeypatch.setattr(Group, "resume", lambda group, folder: (resume(group, folder), resumed.append(group.done)))
+    list(start(0.5))
+    list(start(0.0))
+    assert resumed == [0, 8]

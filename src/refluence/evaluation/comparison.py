@@ -87,7 +87,8 @@ def evaluate(
         if found is not None and train is not None and test is not None:
             others: Mapping[str, Scores | Tensor] = baseline_scores(found, train, test, seed=seed, progress=progress)
             if wrong is not None:
-                suspicion |= _baseline_suspicion(others, found, train, progress)
+                own = _baseline_suspicion(others, found, train, progress)
+                suspicion |= {name: each for name, each in own.items() if name not in scored}
         else:
             others = {"random": random_scores(k_tests, n, seed=seed)}
         others = {name: each for name, each in others.items() if name not in scored}

@@ -56,7 +56,7 @@ def lds(
         The estimate; `details` has one row a test: test, correlation.
 
     Raises:
-        DataError: scores of other shape than the ground truth, fewer than 3 subsets, or no such measurement.
+        DataError: scores of other shape than the ground truth, NaN, fewer than 3 subsets, or no such measurement.
     """
     values = score_matrix(scores, ground_truth)
     points, draws, counts = _correlations(values, ground_truth, measurement, resamples, seed)
@@ -140,6 +140,12 @@ def _correlations(
     if m < 3:
         raise DataError(f"the ground truth has {m} subsets: a rank correlation over subsets needs 3 at the least")
     predicted, measured = subset_sums(values, ground_truth), -ground_truth.values(measurement)
+    diverged = measured.isnan().any(dim=1).nonzero()
+    if len(diverged):
+        raise DataError(
+            f"the models of {len(diverged)} of {m} subsets measure NaN, the first of subset {int(diverged[0])}: train "
+            "with a smaller step, or leave these subsets out"
+        )
     points = spearman_columns(predicted, measured, torch.ones(m, 1, dtype=torch.float64))[0]
     subsets = resample_counts(m, resamples, seed, "subsets").T.contiguous()
     return points, spearman_columns(predicted, measured, subsets), resample_counts(k, resamples, seed, "tests")

@@ -106,9 +106,10 @@ def wrong_rows(wrong: Tensor | ArrayLike, n: int) -> Tensor:
     """Rows, or booleans, as (n,) booleans.
 
     Raises:
-        DataError: rows that do not exist, or all or none of them.
+        DataError: rows that do not exist or are named twice, or all or none of them.
     """
     given = torch.as_tensor(wrong).cpu()
+    given = given.long() if given.numel() == 0 else given
     if given.dtype == torch.bool:
         if given.shape != (n,):
             raise DataError(f"wrong has shape {tuple(given.shape)}: give row numbers, or {n} booleans")
@@ -118,6 +119,8 @@ def wrong_rows(wrong: Tensor | ArrayLike, n: int) -> Tensor:
             raise DataError(f"wrong must be row numbers from 0 to {n - 1}, or {n} booleans")
         marked = torch.zeros(n, dtype=torch.bool)
         marked[given.long()] = True
+        if int(marked.sum()) < len(given):
+            raise DataError(f"wrong names a row twice: give each row once, or a mask as {n} booleans")
     if not bool(marked.any()) or bool(marked.all()):
         raise DataError(f"{int(marked.sum())} of {n} labels are wrong: detection needs wrong and right ones")
     return marked

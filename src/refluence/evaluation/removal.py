@@ -41,7 +41,8 @@ def removal_curve(
 
     Removing helpful examples should raise the measurement more than removing random ones, removing harmful ones lower
     it. All models are trained in one call of `retrain`. The intervals resample the tests, the seeds and the draws of
-    random examples; with one seed the noise of training is not in them.
+    random examples; with one seed the noise of training is not in them, and with two or three they are too short where
+    it is most of the noise.
 
     Args:
         methods: name → `rf.Scores` or (n_test, n_train), positive = helpful; one alone is called "scores".
@@ -57,7 +58,7 @@ def removal_curve(
         Rows of method ("random" too), end ("helpful", "harmful", "random"), removed, change, low, high, confidence.
 
     Raises:
-        DataError: sizes outside 1…n−1, scores of different shapes, or a ground truth of another shape.
+        DataError: sizes outside 1…n−1, scores of different shapes or with NaN, or a ground truth of another shape.
     """
     values = _matrices(methods)
     k, n = next(iter(values.values())).shape
@@ -245,6 +246,9 @@ def _matrices(methods: Methods) -> dict[str, Float64[Tensor, "k n"]]:
         name: (each.values if isinstance(each, Scores) else each).detach().cpu().double()
         for name, each in named.items()
     }
+    for name, matrix in values.items():
+        if not bool(torch.isfinite(matrix).all()):
+            raise DataError(f"the scores {name!r} hold NaN or Inf, so that they rank nothing")
     if len({tuple(matrix.shape) for matrix in values.values()}) > 1:
         raise DataError(f"the scores have different shapes: { {name: tuple(v.shape) for name, v in values.items()} }")
     return values

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from refluence.batches import Batches, Data
-from refluence.errors import DataError
+from refluence.errors import DataError, TaskError
 from refluence.evaluation.ground_truth import GroundTruth
 from refluence.evaluation.measuring import measure
 from refluence.evaluation.retraining_store import RetrainingStore, fingerprint
@@ -48,8 +48,9 @@ def retrain(
     """Train a model on every subset of the train examples, and measure it on every test example.
 
     Repetition r of subset s is trained with `model_seed(seed, s, r, seeds)` = seed + s·seeds + r, and baseline b with
-    seed + m·seeds + b, on all examples. Models are trained together where `torch.func.vmap` can follow them; the
-    result does not depend on it beyond rounding.
+    seed + m·seeds + b, on all examples. So calls whose seeds are fewer than m apart share random halves, and with one
+    seed a subset the models too: take seeds further apart. Models are trained together where `torch.func.vmap` can
+    follow them; the result does not depend on it beyond rounding.
 
     Args:
         task: what is trained and measured; its model's parameters are not used unless frozen.
@@ -117,6 +118,7 @@ def retrain(
         if store is not None:
             store.describe(how)
         for models, states in trained:
+            _check_architecture(task, states)
             measured = measure(task, states, test)
             if store is not None:
                 store.add(models, measured, states if keep_models else {})
@@ -184,6 +186,22 @@ def _own_models(
             model = function(rows[i].tolist(), seeds[i])
         named = [*model.named_parameters(), *model.named_buffers()]
         yield [i], {name: tensor.detach()[None].clone() for name, tensor in named}
+
+
+def _check_architecture(task: Task, states: States) -> None:
+    """A model that lacks a parameter would be measured with the task model's in its place.
+
+    Raises:
+        TaskError: other names or shapes than the task model's.
+    """
+    own = dict([*task.model.named_parameters(), *task.model.named_buffers()])
+    differ = sorted(own.keys() ^ states.keys())
+    differ += [name for name in states if name in own and own[name].shape != states[name].shape[1:]]
+    if differ:
+        raise TaskError(
+            f"the trained models are of another architecture than the task's model ({type(task.model).__name__}): "
+            f"they differ in {differ[0]!r}"
+        )
 
 
 def _ground_truth(

@@ -20,6 +20,7 @@ from refluence.batches import Batches, Data, tensors_of
 from refluence.errors import DataError, TaskError
 from refluence.evaluation.ground_truth import GroundTruth
 from refluence.task import Task, _name
+from refluence.training.callables import callable_digest
 from refluence.training.files import read_tensors, write_tensors
 from refluence.training.recipe import Recipe
 
@@ -38,12 +39,19 @@ def fingerprint(
 ) -> dict[str, Any]:
     """All that decides what a retraining measures, by name."""
     frozen = [p for p in task.model.parameters() if not p.requires_grad] if build is None else []
+    buffers = _kept_buffers(task.model) if build is None else []
+    shapes = [(name, str(p.dtype), tuple(p.shape), p.requires_grad) for name, p in task.model.named_parameters()]
     return {
         **task.describe(),
         "architecture": _digest(str(task.model).encode()),
+        "parameters' shapes": _digest(repr(shapes).encode()),
         "frozen parameters": _tensors_digest(frozen),
+        "kept buffers": _tensors_digest(buffers),
         "build": "fresh model" if build is None else _name(build),
         **_recipe(recipe),
+        "functions and what is bound to them": callable_digest(
+            task.loss, task.forward, task.measurement, build, None if isinstance(recipe, Recipe) else recipe
+        ),
         "train data": _data_digest(train),
         "test data": _data_digest(test),
         "subsets": list(masks.shape),
@@ -82,7 +90,7 @@ class RetrainingStore:
             return store
         store = RetrainingStore.existing(folder)
         kept = store._manifest["fingerprint"]
-        for name in [*described, *kept]:
+        for name in kept:  # a folder of an earlier version has fewer names
             if described.get(name) != kept.get(name):
                 raise DataError(
                     f"{folder} holds another retraining: its {name} is {kept.get(name)!r}, not "
@@ -169,6 +177,16 @@ class RetrainingStore:
         temporary = self.folder / f".{_MANIFEST}.part"
         temporary.write_text(json.dumps(self._manifest, indent=1))
         temporary.replace(self.folder / _MANIFEST)
+
+
+def _kept_buffers(model: nn.Module) -> list[Tensor]:
+    """The buffers that a `fresh_model` does not draw anew."""
+    return [
+        buffer
+        for module in model.modules()
+        if not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        for buffer in module.buffers(recurse=False)
+    ]
 
 
 def _filled(task: Task, state: Mapping[str, Tensor]) -> nn.Module:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from refluence.errors import DataError
 
-Rows = int | Sequence[int] | np.ndarray | Tensor
+Rows = int | np.integer | Sequence[int] | np.ndarray | Tensor
 
 
 def random_subsets(n: int, count: int, share: float = 0.5, seed: int = 0) -> Bool[Tensor, "m n"]:
     """Masks of `count` random subsets of ⌊share·n⌋ of n examples, True where the example is in.
 
     Subset s is `np.random.default_rng(seed + s).choice(n, int(share·n), replace=False)`, the scheme of the published
-    ground truths (dattri, `retrain_lds`).
+    ground truths (dattri, `retrain_lds`). Seeds fewer than `count` apart share subsets.
 
     Raises:
         DataError: no subsets, or a share that leaves no or all examples.
@@ -34,7 +34,7 @@ def random_subsets(n: int, count: int, share: float = 0.5, seed: int = 0) -> Boo
     return masks
 
 
-def leave_out(n: int, groups: Sequence[Rows]) -> Bool[Tensor, "m n"]:
+def leave_out(n: int, groups: Sequence[Rows] | np.ndarray | Tensor) -> Bool[Tensor, "m n"]:
     """Masks of all n examples but one, or but a group of them, for every entry of `groups`.
 
     Raises:
@@ -44,7 +44,8 @@ def leave_out(n: int, groups: Sequence[Rows]) -> Bool[Tensor, "m n"]:
         raise DataError("there is nothing to leave out: give rows, or groups of rows")
     masks = torch.ones(len(groups), n, dtype=torch.bool)
     for s, group in enumerate(groups):
-        rows = [group] if isinstance(group, int) else [int(row) for row in group]
+        single = isinstance(group, int) or getattr(group, "ndim", 1) == 0
+        rows = [int(group)] if single else [int(row) for row in group]  # type: ignore[arg-type, union-attr]
         outside = [row for row in rows if not 0 <= row < n]
         if outside:
             raise DataError(f"group {s} leaves out row {outside[0]}, but the rows are 0 to {n - 1}")

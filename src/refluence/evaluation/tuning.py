@@ -74,12 +74,15 @@ def tune_damping(
         progress: whether a bar is shown.
 
     Raises:
-        DataError: an empty grid, a share that leaves no test row on a side, or no defined LDS on the chosen rows.
+        DataError: an empty grid, other tests than the ground truth's, a share that leaves no test row on a side, or no
+            defined LDS on the chosen rows.
     """
     dampings = list(grid)
     if not dampings:
         raise DataError("the grid of dampings is empty")
     tests = Batches(test, name="test data")
+    if tests.n != ground_truth.n_test:
+        raise DataError(f"`test` has {tests.n} rows and the ground truth {ground_truth.n_test}: give its test rows")
     count = round(share * tests.n)
     if not 1 <= count < tests.n:
         raise DataError(

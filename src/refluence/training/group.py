@@ -31,6 +31,7 @@ class Group:
         l2: of the objective.
         steps: rows a batch → the traced step.
         examples: the data.
+        described: all else that decides the training.
     """
 
     def __init__(
@@ -43,11 +44,14 @@ class Group:
         l2: float,
         steps: Mapping[int, StackedStep],
         examples: Examples,
+        described: str,
     ) -> None:
         self.models = models
         self.total = recipe.total_steps(len(rows[0]))
         self._stacked, self._rows, self._seeds, self._recipe = stacked, list(rows), list(seeds), recipe
         self._steps, self._examples = steps, examples
+        shapes = [(name, tensor.dtype, tensor.shape) for name, tensor in stacked.states().items()]
+        self._described = f"{described}{l2}{shapes}"
         self._draws = [Draws(seed) for seed in seeds]
         self._updates = Updates(list(stacked.trained.values()), recipe, l2, self.total, stacked=True)
 
@@ -72,8 +76,9 @@ class Group:
 
     @property
     def name(self) -> str:
-        """A file name of this group's own: its models, their rows and seeds, the recipe and the data."""
-        digest = hashlib.sha256(f"{self.models}{self._seeds}{self._recipe}{self._examples.checksum}".encode())
+        """A file name of this group's own: its models, their rows and seeds, the objective, the recipe and the data."""
+        parts = (self.models, self._seeds, self._recipe, self._examples.checksum, self._described)
+        digest = hashlib.sha256("|".join(map(str, parts)).encode())
         for rows in self._rows:
             digest.update(rows.numpy().tobytes())
         return f"training-{digest.hexdigest()[:16]}.safetensors"

@@ -47,6 +47,8 @@ class Updates:
     @torch.no_grad()
     def apply(self, gradients: Sequence[Tensor]) -> None:
         """One step along the gradients of the mean loss, which are overwritten."""
+        if self.recipe.clip is not None or self._added_l2:
+            gradients = _apart(gradients, self._parameters)
         if self.recipe.clip is not None:
             _clip(gradients, self.recipe.clip, self.stacked)
         for parameter, order, gradient in zip(self._parameters, self._orders, gradients, strict=True):
@@ -104,6 +106,17 @@ def _optimizer(parameters: list[Tensor], recipe: Recipe, l2: float) -> torch.opt
                 weight_decay=recipe.weight_decay,
                 fused=fused,
             )
+
+
+def _apart(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients, each in memory of its own: those of a + b are one tensor, and that of a sum is one number."""
+    seen = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    found = []
+    for gradient in gradients:
+        place = gradient.untyped_storage().data_ptr()
+        found.append(gradient.clone() if place in seen or 0 in gradient.stride() else gradient)
+        seen.add(place)
+    return found
 
 
 def _clip(gradients: Sequence[Tensor], largest: float, stacked: bool) -> None:

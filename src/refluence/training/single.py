@@ -47,12 +47,12 @@ def train(
         progress: show how far it is.
 
     Raises:
-        DataError: two different l2, no rows, or data that cannot be read.
+        DataError: two different l2, no rows or rows that do not exist, or data that cannot be read.
         TaskError: a model that cannot be drawn anew.
     """
     device = next(task.model.parameters()).device
     examples = Examples(data, device)
-    chosen = torch.arange(examples.n) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
+    chosen = torch.arange(examples.n) if rows is None else checked_rows(rows, examples.n, "the model")
     return train_on(task, examples, chosen, recipe, build=build, seed=seed, progress=progress)
 
 
@@ -67,8 +67,6 @@ def train_on(
     progress: bool,
 ) -> nn.Module:
     """`train` on data that are already read."""
-    if len(rows) == 0:
-        raise DataError("a model cannot be trained on no rows: keep at least one")
     device = next(task.model.parameters()).device
     with own_randomness(seed), torch.enable_grad():
         model = initial_model(task, build, device)
@@ -84,6 +82,26 @@ def train_on(
                     loss = task.losses(task.output(model, values), values).mean()
                 updates.apply(torch.autograd.grad(loss, parameters, materialize_grads=True))
     return model.eval()
+
+
+def checked_rows(rows: Sequence[int] | Tensor, n: int, which: str) -> Tensor:
+    """Row numbers as integers on the CPU.
+
+    Raises:
+        DataError: none, one that does not exist, or booleans.
+    """
+    given = torch.as_tensor(rows).cpu()
+    if given.numel() == 0:
+        raise DataError(f"{which} has no rows to be trained on: keep at least one")
+    if given.ndim != 1 or given.dtype == torch.bool or given.is_floating_point():
+        raise DataError(
+            f"the rows of {which} are {given.dtype} {tuple(given.shape)}: give row numbers, such as "
+            "mask.nonzero()[:, 0] of a boolean mask"
+        )
+    outside = given[(given < 0) | (given >= n)]
+    if len(outside):
+        raise DataError(f"{which} asks for row {int(outside[0])}, but the train data has rows 0 to {n - 1}")
+    return given.long()
 
 
 def initial_model(task: Task, build: Callable[[], nn.Module] | None, device: torch.device) -> nn.Module:

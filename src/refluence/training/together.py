@@ -14,12 +14,13 @@ from refluence.errors import DataError
 from refluence.execution import Execution
 from refluence.progress import track
 from refluence.task import Task
+from refluence.training.callables import callable_digest
 from refluence.training.examples import Examples
 from refluence.training.group import Group
 from refluence.training.grouping import Grouping, choose_groups
 from refluence.training.optimizers import objective_l2
 from refluence.training.recipe import Recipe
-from refluence.training.single import initial_model, own_randomness, train_on
+from refluence.training.single import checked_rows, initial_model, own_randomness, train_on
 from refluence.training.tracing import CannotTrainTogetherError, Stacked, StackedStep
 from refluence.training.trial import bytes_of_a_model, checked_step, laid_out
 from refluence.training.workers import run_groups
@@ -97,9 +98,9 @@ class Trainer:
         self._l2 = objective_l2(task, recipe)
         self._device = next(task.model.parameters()).device
         self._examples = Examples(data, self._device)
-        self._rows = [torch.as_tensor(own, dtype=torch.int64) for own in rows]
+        self._rows = [checked_rows(own, self._examples.n, f"model {i}") for i, own in enumerate(rows)]
         self._seeds = [int(seed) for seed in seeds]
-        _check(self._rows, self._seeds, self._examples.n, together)
+        _check(self._rows, self._seeds, together)
         self._workers = torch.get_num_threads() if self._device.type == "cpu" else 1
         self._steps: dict[tuple[int, int], StackedStep] = {}
         self._strides: dict[str, tuple[int, ...]] | None = None
@@ -144,7 +145,7 @@ class Trainer:
         assert self._strides is not None
         return Group(
             list(models), laid_out(stacked, self._laid_out(stacked)), rows, seeds, self._recipe, self._l2, steps,
-            self._examples,
+            self._examples, callable_digest(self._task.loss, self._task.forward, self._build, template),
         )  # fmt: skip
 
     def _laid_out(self, stacked: Stacked) -> dict[str, tuple[int, ...]]:
@@ -199,13 +200,8 @@ def _batch_lengths(rows: int, recipe: Recipe) -> list[int]:
     return [first, last] if reached else [first]
 
 
-def _check(rows: Sequence[Tensor], seeds: Sequence[int], n: int, together: int | None) -> None:
+def _check(rows: Sequence[Tensor], seeds: Sequence[int], together: int | None) -> None:
     if len(rows) == 0 or len(rows) != len(seeds):
         raise DataError(f"every model needs rows and a seed; there are {len(rows)} of rows and {len(seeds)} of seeds")
     if together is not None and together < 1:
         raise DataError(f"together must be at least 1 or None, not {together!r}")
-    for i, own in enumerate(rows):
-        if len(own) == 0:
-            raise DataError(f"model {i} has no rows to be trained on: keep at least one")
-        if int(own.min()) < 0 or int(own.max()) >= n:
-            raise DataError(f"model {i} asks for row {int(own.max())}, but the train data has rows 0 to {n - 1}")
