@@ -29,6 +29,14 @@ def test_some_tests(truth):
     some = truth.tests([3, 1])
     assert torch.equal(some.measurements["loss"], truth.measurements["loss"][:, :, [3, 1]])
     assert torch.equal(some.changes(), truth.changes()[:, [3, 1]])
+    mask = torch.tensor([False, True, False, True])
+    assert torch.equal(truth.tests(mask).values(), truth.values()[:, [1, 3]])
+
+
+@pytest.mark.parametrize("rows", [[4], [-1], torch.tensor([True, False])])
+def test_tests_that_do_not_exist_are_refused(truth, rows):
+    with pytest.raises(DataError, match="test"):
+        truth.tests(rows)
 
 
 def test_a_frame_has_a_row_for_each_value(truth):

@@ -84,12 +84,19 @@ class GroundTruth:
             DataError: no such measurement, or no models trained on all examples.
         """
         if self.baseline is None:
-            raise DataError("this ground truth has no models trained on all examples: retrain with baseline=True")
+            raise DataError("this ground truth has no models trained on all examples: retrain with baseline=1")
         return self.values(measurement) - self._of(self.baseline, measurement).mean(dim=0)
 
     def tests(self, rows: Any) -> GroundTruth:
-        """The same for some of the test examples."""
-        rows = torch.as_tensor(rows, dtype=torch.int64)
+        """The same for some of the test examples: their rows, or a mask of all."""
+        rows = torch.as_tensor(rows)
+        if rows.dtype == torch.bool:
+            if rows.shape != (self.n_test,):
+                raise DataError(f"a mask of test examples must have {self.n_test} entries, not {tuple(rows.shape)}")
+            rows = rows.nonzero()[:, 0]
+        rows = rows.long()
+        if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < self.n_test):
+            raise DataError(f"test rows must be 0 to {self.n_test - 1}; they are {int(rows.min())} to {int(rows.max())}")
         baseline = None if self.baseline is None else {k: v[:, rows] for k, v in self.baseline.items()}
         measured = {name: values[:, :, rows] for name, values in self.measurements.items()}
         return GroundTruth(self.masks, measured, baseline, self.manifest)

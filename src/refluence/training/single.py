@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from refluence.batches import Data
 from refluence.errors import DataError
@@ -78,7 +79,8 @@ def train_on(
         with few_threads(weights * recipe.batch_size):
             for batch in track(batches_of([rows], recipe, [seed]), "training", total=total, enabled=progress):
                 values = examples.batch(batch[0])
-                with dropout():
+                # Fused attention would draw its dropout itself.
+                with dropout(), sdpa_kernel(SDPBackend.MATH):
                     loss = task.losses(task.output(model, values), values).mean()
                 updates.apply(torch.autograd.grad(loss, parameters, materialize_grads=True))
     return model.eval()
