@@ -52,8 +52,20 @@ def batch_targets(batch: Batch) -> Any:
 def default_forward(model: nn.Module, batch: Batch) -> Any:
     """`model(batch[0])`, or `model(**batch without "labels")` for a mapping; its `.logits` where it has them."""
     inputs = batch_inputs(batch)
+    if isinstance(inputs, Mapping):
+        _check_keywords(model, inputs)
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     return getattr(output, "logits", output)
+
+
+def _check_keywords(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(model.forward).bind(**inputs)
+    except TypeError as error:
+        raise TaskError(
+            f'every key of a batch but "labels" goes to the model, and {type(model).__name__}.forward cannot be called '
+            f'with {list(inputs)}: {error}. Name the targets "labels", or give `forward` as f(model, batch) -> output'
+        ) from None
 
 
 def _mean_per_example(values: Tensor) -> Float[Tensor, " n"]:

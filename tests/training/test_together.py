@@ -101,7 +101,7 @@ def test_a_data_set_that_is_read_row_by_row():
 
 
 def test_threads_do_not_change_the_models():
-    case = CASES["convolutions and batch norms"]
+    case = CASES["mlp with dropout"]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from refluence.errors import DataError
 
+FILE = "ground_truth.safetensors"
+"""In the folder of a retraining, when it is finished."""
 _FORMAT = "refluence ground truth 1"
 
 
@@ -53,6 +55,13 @@ class GroundTruth:
                     f"measurement {name!r} has shape {tuple(values.shape)}; it must be (subsets, seeds, tests) with "
                     f"{self.masks.shape[0]} subsets"
                 )
+
+    def __repr__(self) -> str:
+        seeds = next(iter(self.measurements.values())).shape[1]
+        return (
+            f"GroundTruth({self.n_subsets} subsets of {self.n_train} train examples, {seeds} model(s) each, "
+            f"{self.n_test} tests, measurements {', '.join(self.measurements)})"
+        )
 
     @property
     def n_train(self) -> int:
@@ -95,8 +104,8 @@ class GroundTruth:
                 raise DataError(f"a mask of test examples must have {self.n_test} entries, not {tuple(rows.shape)}")
             rows = rows.nonzero()[:, 0]
         rows = rows.long()
-        if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < self.n_test):
-            raise DataError(f"test rows must be 0 to {self.n_test - 1}; they are {int(rows.min())} to {int(rows.max())}")
+        if wrong := [row for row in rows.tolist() if not 0 <= row < self.n_test]:
+            raise DataError(f"there is no test row {wrong[0]}: the test rows are 0 to {self.n_test - 1}")
         baseline = None if self.baseline is None else {k: v[:, rows] for k, v in self.baseline.items()}
         measured = {name: values[:, :, rows] for name, values in self.measurements.items()}
         return GroundTruth(self.masks, measured, baseline, self.manifest)
@@ -129,13 +138,16 @@ class GroundTruth:
 
     @staticmethod
     def load(path: str | Path) -> GroundTruth:
-        """What `save` wrote.
+        """What `save` wrote, or `retrain` into its folder.
 
         Raises:
             DataError: no such file, or another kind of file.
         """
+        path = Path(path)
+        if path.is_dir():
+            path = path / FILE
         try:
-            with safe_open(Path(path), framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:

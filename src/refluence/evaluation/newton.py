@@ -58,6 +58,10 @@ class Removals:
     first_order: Float64[Tensor, "k m"]
     leverage: Float64[Tensor, " m"]
 
+    def __repr__(self) -> str:
+        tests, removals = self.changes.shape
+        return f"Removals({removals} removals, {tests} tests, leverage up to {float(self.leverage.max()):.3g})"
+
     def to_frame(self) -> pd.DataFrame:
         """One row for each removal and test: removed (row, or tuple of rows), test, change, first_order, leverage."""
         k, m = self.changes.shape

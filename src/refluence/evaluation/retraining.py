@@ -73,6 +73,11 @@ def retrain(
             `keep_models` without a folder.
         TaskError: a model that cannot be drawn anew, or a function that returns another architecture.
     """
+    if not isinstance(recipe, Recipe) and not callable(recipe):
+        raise DataError(
+            f"recipe is {recipe!r}: give an rf.evaluation.Recipe(learning_rate=…, epochs=…, batch_size=…), or a "
+            "function (rows, seed) -> trained model"
+        )
     if seeds < 1 or baseline < 0:
         raise DataError(f"seeds must be at least 1 and baseline at least 0, not {seeds!r} and {baseline!r}")
     if keep_models and path is None:

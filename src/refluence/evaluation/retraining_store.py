@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from refluence._version import __version__
 from refluence.batches import Batches, Data, tensors_of
 from refluence.errors import DataError, TaskError
-from refluence.evaluation.ground_truth import GroundTruth
+from refluence.evaluation.ground_truth import FILE, GroundTruth
 from refluence.task import Task, _name
 from refluence.training.callables import callable_digest
 from refluence.training.files import read_tensors, write_tensors
@@ -140,7 +140,7 @@ class RetrainingStore:
 
     def finish(self, truth: GroundTruth) -> None:
         """Write the ground truth next to the models, and drop what a kill left of their trainings."""
-        truth.save(self.folder / "ground_truth.safetensors")
+        truth.save(self.folder / FILE)
         for path in [*self.folder.glob("training-*.safetensors"), *self.folder.glob("*.part")]:
             path.unlink(missing_ok=True)
 
