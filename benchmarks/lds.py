@@ -42,7 +42,7 @@ class Method:
 
 
 def methods(model: str) -> list[Method]:
-    """The solvers, with dampings where the model's best is; LiSSA takes CG's steps hundreds of times over."""
+    """The solvers that end within minutes (LiSSA does not), with dampings where the model's best is."""
     linear = model in ("lr", "softmax")
     exact, spread = (LARGE, LARGE) if linear else (MIDDLE, SMALL)
     fisher = (1e-3, *LARGE) if linear else SMALL
