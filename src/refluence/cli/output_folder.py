@@ -13,6 +13,7 @@ from typing import Any
 
 from refluence._version import __version__
 from refluence.errors import DataError
+from refluence.files import write_text
 
 MANIFEST, SCORES, TOP, REPORT = "manifest.json", "scores.zarr", "top.parquet", "report.html"
 SUMMARY, RESULTS, GROUND_TRUTH, FIGURES = "summary.json", "results.parquet", "ground-truth", "figures"
@@ -116,6 +117,4 @@ class OutputFolder:
     def _write(self, content: dict[str, Any]) -> None:
         written = datetime.now(UTC).isoformat(timespec="seconds")
         content = {"tool": _TOOL, "version": __version__, "written": written, **content}
-        temporary = self.manifest.with_suffix(".part")
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(self.manifest)
+        write_text(self.manifest, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from refluence.errors import DataError
+from refluence.files import replacing
 
 FILE = "ground_truth.safetensors"
 """In the folder of a retraining, when it is finished."""
@@ -122,18 +121,11 @@ class GroundTruth:
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, at once."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"masks": self.masks} | {f"measurements/{k}": v for k, v in self.measurements.items()}
         tensors |= {f"baseline/{k}": v for k, v in (self.baseline or {}).items()}
-        handle, temporary = tempfile.mkstemp(suffix=".part", dir=path.parent)
-        os.close(handle)
-        try:
-            metadata = {"format": _FORMAT, "manifest": json.dumps(dict(self.manifest))}
+        metadata = {"format": _FORMAT, "manifest": json.dumps(dict(self.manifest))}
+        with replacing(path) as temporary:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
         return path
 
     @staticmethod

@@ -14,9 +14,10 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
+from refluence.files import write_text
 from refluence.report.facts import Fact
 from refluence.report.formatting import shorten, statistic
-from refluence.report.page import asset, environment, write_atomically
+from refluence.report.page import asset, environment
 
 MAX_DETAILS = 12_000
 MAX_PICTURE = 2_000_000
@@ -107,7 +108,7 @@ def write_evaluation(path: str | os.PathLike[str], evaluated: Evaluated) -> Path
         manifest=shorten(json.dumps(evaluated.manifest, indent=2, default=str, ensure_ascii=False), MAX_DETAILS),
     )
     path = Path(path)
-    write_atomically(path, text)
+    write_text(path, text)
     return path
 
 

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from refluence.errors import DataError
+from refluence.files import write_text
 from refluence.influence import Influence
 from refluence.report import formatting
 from refluence.report.content import Content, build_content
@@ -80,7 +80,7 @@ def write_report(
         verification=verification,
     )
     path = Path(path)
-    write_atomically(path, fit(content, MAX_BYTES))
+    write_text(path, fit(content, MAX_BYTES))
     return path
 
 
@@ -220,20 +220,3 @@ def environment() -> Environment:
 def asset(name: str) -> str:
     """A style sheet or script of the pages."""
     return (resources.files("refluence.report") / "templates" / name).read_text(encoding="utf-8")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is never seen half written; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

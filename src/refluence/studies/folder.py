@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from refluence._version import __version__
 from refluence.errors import DataError
+from refluence.files import replacing, write_text
 from refluence.training.files import read_tensors, write_tensors
 
 MANIFEST, SUMMARY, RESULTS, REPORT, STAGES = (
@@ -90,15 +89,7 @@ class StudyFolder:
     def write_text(self, name: str, text: str) -> Path:
         """Write a file in one step."""
         path = self.path / name
-        handle, temporary = tempfile.mkstemp(suffix=".part", dir=self.path)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_text(path, text)
         return path
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
@@ -107,9 +98,8 @@ class StudyFolder:
 
     def write_frame(self, name: str, frame: pd.DataFrame) -> Path:
         """Write a table as parquet, in one step."""
-        temporary = self.path / f".{name}.part"
-        frame.to_parquet(temporary, index=False)
-        temporary.replace(self.path / name)
+        with replacing(self.path / name) as temporary:
+            frame.to_parquet(temporary, index=False)
         return self.path / name
 
     def write_manifest(self, status: str, **more: Any) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from refluence._version import __version__
+from refluence.files import replacing
 from refluence.training import Recipe
 from refluence.zoo.datasets import Pair
 from refluence.zoo.fit import Fit
@@ -89,7 +88,6 @@ def save(training: Training, model: nn.Module, measured: Measured) -> Path:
     A tied weight is written once, under its first name.
     """
     path = training.path
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = model.state_dict()
     state = {name: values[name].detach().cpu().contiguous() for name in dict.fromkeys(_first_names(model).values())}
     metadata = {
@@ -100,14 +98,8 @@ def save(training: Training, model: nn.Module, measured: Measured) -> Path:
         "refluence": __version__,
         "torch": torch.__version__,
     }
-    handle, temporary = tempfile.mkstemp(suffix=".part", dir=path.parent)
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         save_file(state, temporary, metadata=metadata)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
     return path
 
 

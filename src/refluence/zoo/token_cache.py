@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 import warnings
 import zipfile
@@ -13,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
+from refluence.files import replacing
 from refluence.zoo.folders import cache_folder
 
 SLOW_SECONDS = 2.0
@@ -35,12 +34,5 @@ def cached(name: str, fingerprint: str, make: Callable[[], Int64[np.ndarray, "n 
 
 
 def _save(path: Path, tokens: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, tokens=tokens.astype(np.int16))
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, tokens=tokens.astype(np.int16))
