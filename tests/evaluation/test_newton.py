@@ -301,10 +301,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("removals", "message"),
         [
-            ([11], "has the row 11"),
-            ([0, [-1, 2]], "removal 1 has the row -1"),
-            ([[3, 3]], "names a row twice"),
-            ([list(range(11))], "leaves no train example"),
+            ([11], "removal 0 has row 11"),
+            ([0, [-1, 2]], "removal 1 has row -1"),
+            ([[3, 3]], "removal 0 has a row twice"),
+            ([list(range(11))], "removal 0 leaves no example"),
         ],
     )
     def test_rows(self, removals, message):

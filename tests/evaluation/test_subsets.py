@@ -31,9 +31,9 @@ def test_leaving_out_rows_and_groups():
     ("groups", "message"),
     [
         ([], "nothing to leave out"),
-        ([3, 5], "group 1 leaves out row 5"),
+        ([3, 5], "removal 1 has row 5"),
         ([-1], "row -1"),
-        ([[0, 1, 2, 3, 4]], "all 5"),
+        ([[0, 1, 2, 3, 4]], "removal 0 leaves no example"),
         ([[1, 1]], "twice"),
     ],
 )

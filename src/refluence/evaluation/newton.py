@@ -16,15 +16,13 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from refluence.batches import Batches, Data
-from refluence.curvature.build import feature_rows
-from refluence.curvature.outputs import loss_hessian_roots, root_count
 from refluence.curvature.products import output_products
-from refluence.errors import DataError, PlanError, SolverError
+from refluence.errors import PlanError, SolverError
+from refluence.evaluation.removed_features import RemovedRows
+from refluence.evaluation.subsets import removed_rows
 from refluence.execution import format_bytes
-from refluence.gradients.rows import GradientRows
 from refluence.influence import Influence
 from refluence.progress import track
-from refluence.solvers import Identity
 from refluence.solvers.state import Shifts
 
 COLUMN_BYTES = 512 << 20
@@ -34,7 +32,6 @@ COPIES = 4
 VECTORS = 32
 """Steps that go through the model together."""
 LARGEST_LEVERAGE = 1 - 1e-9
-LINEARITY = 1e-3
 PROBED = 8
 
 Removal = int | Sequence[int]
@@ -111,7 +108,7 @@ def newton_removal(
     Source: Rad & Maleki, A scalable estimate of the out-of-sample prediction error via approximate leave-one-out,
     JRSS B 2020; Rubinstein & Hopkins, Rescaled influence functions, arXiv 2506.06656.
     """
-    removed = _checked(removals, influence.n_train)
+    removed = removed_rows(range(influence.n_train) if removals is None else removals, influence.n_train)
     tests = influence._test_rows(test)
     fit = influence._fitted()
     directions = fit.state.inverse_hvp(tests, influence.shifts)
@@ -124,7 +121,7 @@ def newton_removal(
         own = sum((directions[block].double() @ u.T for block, u in steps.gradient.items()), torch.zeros(()))
         first_order[:, some] = own.cpu() / influence.n_train
         leverage[some] = steps.leverage.cpu()
-    return Removals(removed, changes, first_order, leverage)
+    return Removals(tuple(removed), changes, first_order, leverage)
 
 
 def newton_steps(
@@ -137,7 +134,7 @@ def newton_steps(
     Raises:
         As `newton_removal`.
     """
-    removed = _checked(removals, influence.n_train)
+    removed = removed_rows(range(influence.n_train) if removals is None else removals, influence.n_train)
     found = torch.zeros(len(removed), influence.n_parameters, dtype=torch.float64)
     for some, steps in _steps(influence, removed, progress):
         found[some] = influence._in_order(steps.step).cpu()
@@ -187,7 +184,7 @@ def _steps(
     influence: Influence, removed: Sequence[tuple[int, ...]], progress: bool
 ) -> Iterator[tuple[list[int], _Steps]]:
     """(which removals, their steps), as many together as a bounded memory holds; those of nothing are left out."""
-    rows = _Rows(influence)
+    rows = RemovedRows(influence)
     fit, n, l2 = influence._fitted(), influence.n_train, influence.task.l2
     if influence.curvature == "hessian" and any(removed):
         rows.check_linear(sorted({row for one in removed for row in one})[:PROBED])
@@ -197,7 +194,7 @@ def _steps(
         yield some, _newton(fit.state, rows, [removed[i] for i in some], size, shifts)
 
 
-def _newton(state: Any, rows: _Rows, removed: Sequence[tuple[int, ...]], size: int, shifts: Shifts) -> _Steps:
+def _newton(state: Any, rows: RemovedRows, removed: Sequence[tuple[int, ...]], size: int, shifts: Shifts) -> _Steps:
     """The steps of removals of `size` examples each."""
     n, m = rows.n, len(removed)
     features, gradients = rows.of([row for one in removed for row in one])
@@ -221,7 +218,7 @@ def _newton(state: Any, rows: _Rows, removed: Sequence[tuple[int, ...]], size: i
 
 
 def _factors(
-    M: Float64[Tensor, "m r r"], removed: Sequence[tuple[int, ...]], rows: _Rows, block: str
+    M: Float64[Tensor, "m r r"], removed: Sequence[tuple[int, ...]], rows: RemovedRows, block: str
 ) -> Float64[Tensor, "m r r"]:
     """Cholesky factors of I − M.
 
@@ -243,102 +240,6 @@ def _factors(
             "damping, or an exact solver if this one is approximate"
         )
     return factors
-
-
-class _Rows:
-    """The gradients and the rows of the curvature of any train examples, in float64."""
-
-    def __init__(self, influence: Influence) -> None:
-        fit = influence._fitted()
-        if influence.curvature not in ("ggn", "hessian"):
-            raise PlanError(
-                f'the Newton correction takes an example out of the Hessian; the curvature "{influence.curvature}" is '
-                'none: fit with curvature "ggn" (or "hessian" for a model that is linear in its parameters)'
-            )
-        if isinstance(fit.plan.chosen.solver, Identity):
-            raise PlanError("the Identity solver has no curvature to take an example out of: use another solver")
-        self.influence, self.fit = influence, fit
-        self.n, self.device = influence.n_train, fit.rows.device
-        self.task, self.weights = influence.task, fit.curvature.weights
-        own = dict(fit.capture.parameters)
-        self.decay = {
-            block: self.task.l2 * torch.cat([own[name].detach().double().flatten() for name in names])
-            for block, names in influence.groups.items()
-        }
-        with fit.capture.ready(), torch.no_grad():
-            self.q = root_count(self.task, self.task.output(fit.model, fit.rows.batches.select([0])))
-
-    def of(self, rows: Sequence[int]) -> tuple[dict[str, Float64[Tensor, "r q d"]], dict[str, Float64[Tensor, "r d"]]]:
-        """(block → √w f, block → w ∇ℓ) of the examples."""
-        distinct = sorted(set(rows))
-        place = {row: i for i, row in enumerate(distinct)}
-        index = torch.tensor([place[row] for row in rows], device=self.device)
-        weights = torch.ones(len(distinct)).double() if self.weights is None else self.weights[distinct].double()
-        weights = weights.to(self.device)[:, None]
-        train = self.fit.rows.batches
-        size = min(train.batch_size, len(distinct))
-        batches = Batches(train.select(distinct), size, self.device, self.influence.settings.dtype, "removed examples")
-        capture = self.fit.capture
-        gradients = GradientRows(capture, batches, capture.loss, 0, progress=False)
-
-        def roots(output: Any, batch: Any, start: int) -> Tensor:
-            return loss_hessian_roots(self.task, output, batch, distinct[start])
-
-        features = feature_rows(gradients, roots, self.q, 0)
-        # A batch holds the first row of all its examples, then the second.
-        wide = {
-            block: torch.cat([part.unflatten(0, (self.q, -1)).transpose(0, 1) for part in parts])
-            for block, parts in _dense(features).items()
-        }
-        plain = {block: torch.cat(parts) for block, parts in _dense(gradients).items()}
-        return (
-            {block: (values * weights[:, :, None].sqrt())[index] for block, values in wide.items()},
-            {block: (values * weights)[index] for block, values in plain.items()},
-        )
-
-    def check_linear(self, rows: Sequence[int]) -> None:
-        """Raise a PlanError unless the Hessian of some examples is FᵀF, as where the outputs are linear in θ."""
-        generator = torch.Generator().manual_seed(0)
-        sizes = self.fit.curvature.dimensions
-        vectors = {b: torch.randn(d, 1, generator=generator).double().to(self.device) for b, d in sizes.items()}
-        features, _ = self.of(rows)
-        found = self.fit.curvature.sampled(torch.as_tensor(list(rows)), vectors)
-        for block, v in vectors.items():
-            F = features[block].flatten(0, 1)
-            expected = F.T @ (F @ v) / len(rows)
-            if float((found[block] - expected).norm()) > LINEARITY * float(found[block].norm() + expected.norm()):
-                raise PlanError(
-                    f"the Hessian of the removed examples is not that of their losses in the outputs, so "
-                    f"{type(self.task.model).__name__} is not linear in the parameters of block {block!r}: fit with "
-                    'curvature "ggn"'
-                )
-
-
-def _dense(rows: GradientRows) -> dict[str, list[Tensor]]:
-    found: dict[str, list[Tensor]] = {group: [] for group in rows.groups}
-    for _, blocks in rows:
-        for group, block in blocks.items():
-            found[group].append(block.dense().double())
-    return found
-
-
-def _checked(removals: Sequence[Removal] | None, n: int) -> tuple[tuple[int, ...], ...]:
-    """Each removal as a tuple of rows.
-
-    Raises:
-        DataError: rows that do not exist, that are named twice, or all rows.
-    """
-    if removals is None:
-        return tuple((row,) for row in range(n))
-    found = tuple((int(one),) if isinstance(one, int | np.integer) else tuple(map(int, one)) for one in removals)
-    for i, rows in enumerate(found):
-        if wrong := [row for row in rows if not 0 <= row < n]:
-            raise DataError(f"removal {i} has the row {wrong[0]}, but the train examples are 0 to {n - 1}")
-        if len(set(rows)) < len(rows):
-            raise DataError(f"removal {i} names a row twice: {rows[:10]}")
-        if len(rows) == n:
-            raise DataError(f"removal {i} leaves no train example")
-    return found
 
 
 def _together(removed: Sequence[tuple[int, ...]], q: int, influence: Influence) -> Iterator[tuple[int, list[int]]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from refluence.batches import Data
 from refluence.errors import DataError
 from refluence.evaluation.linear_sums import sums_of
+from refluence.evaluation.subsets import removed_rows
 from refluence.evaluation.sums import Sums, flat_parameters
 from refluence.execution import Execution
 from refluence.progress import track
@@ -103,7 +104,7 @@ def refits(
     progress: bool,
 ) -> Iterator[tuple[list[int], Refit]]:
     """`refit_without` a group at a time: (which removals, their refits)."""
-    removals = checked_removals(removals, sums.n)
+    removals = removed_rows(removals, sums.n)
     m, d = len(removals), sums.d
     if start.shape not in ((d,), (m, d)):
         raise DataError(
@@ -129,23 +130,6 @@ def join(parts: Sequence[Refit], d: int) -> Refit:
         torch.cat([part.iterations for part in parts]),
         torch.cat([part.converged for part in parts]),
     )
-
-
-def checked_removals(removals: Sequence[Sequence[int]], n: int) -> list[tuple[int, ...]]:
-    """The rows of every removal as integers.
-
-    Raises:
-        DataError: rows that do not exist, twice in a removal, or all of them.
-    """
-    found = [tuple(int(row) for row in rows) for rows in removals]
-    for i, rows in enumerate(found):
-        if wrong := [row for row in rows if not 0 <= row < n]:
-            raise DataError(f"removal {i} has row {wrong[0]}, but the train examples are 0 to {n - 1}")
-        if len(set(rows)) < len(rows):
-            raise DataError(f"removal {i} has a row twice: {sorted(row for row in set(rows) if rows.count(row) > 1)}")
-        if len(rows) == n:
-            raise DataError(f"removal {i} leaves no example: keep at least one of the {n}")
-    return found
 
 
 @dataclass(eq=False)

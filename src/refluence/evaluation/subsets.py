@@ -43,15 +43,26 @@ def leave_out(n: int, groups: Sequence[Rows] | np.ndarray | Tensor) -> Bool[Tens
     if len(groups) == 0:
         raise DataError("there is nothing to leave out: give rows, or groups of rows")
     masks = torch.ones(len(groups), n, dtype=torch.bool)
-    for s, group in enumerate(groups):
-        single = isinstance(group, int) or getattr(group, "ndim", 1) == 0
-        rows = [int(group)] if single else [int(row) for row in group]  # type: ignore[arg-type, union-attr]
-        outside = [row for row in rows if not 0 <= row < n]
-        if outside:
-            raise DataError(f"group {s} leaves out row {outside[0]}, but the rows are 0 to {n - 1}")
-        if len(set(rows)) < len(rows):
-            raise DataError(f"group {s} names a row twice: {rows}")
-        if len(rows) == n:
-            raise DataError(f"group {s} leaves out all {n} examples: keep at least one")
-        masks[s, rows] = False
+    for s, rows in enumerate(removed_rows(groups, n)):
+        masks[s, list(rows)] = False
     return masks
+
+
+def removed_rows(removals: Sequence[Rows] | np.ndarray | Tensor, n: int) -> list[tuple[int, ...]]:
+    """The rows of every removal, whose entry is a row or several rows that are left out together.
+
+    Raises:
+        DataError: a row outside 0…n−1, a row twice in a removal, or a removal of all examples.
+    """
+    found: list[tuple[int, ...]] = []
+    for i, one in enumerate(removals):
+        single = isinstance(one, int) or getattr(one, "ndim", 1) == 0
+        rows = (int(one),) if single else tuple(int(row) for row in one)  # type: ignore[arg-type, union-attr]
+        if wrong := [row for row in rows if not 0 <= row < n]:
+            raise DataError(f"removal {i} has row {wrong[0]}, but the train examples are 0 to {n - 1}")
+        if len(set(rows)) < len(rows):
+            raise DataError(f"removal {i} has a row twice: {sorted(row for row in set(rows) if rows.count(row) > 1)}")
+        if len(rows) == n:
+            raise DataError(f"removal {i} leaves no example: keep at least one of the {n}")
+        found.append(rows)
+    return found
