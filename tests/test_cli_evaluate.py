@@ -8,10 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import refluence as rf
-from refluence.cli import app, trial
+from refluence.cli import trial
 from refluence.cli.method import Method
 from refluence.cli.methods import parse_methods
 from refluence.cli.options import CurvatureName, SolverName
@@ -20,6 +19,7 @@ from refluence.evaluation.ground_truth import GroundTruth
 from refluence.evaluation.lds import lds
 from refluence.evaluation.verification import verify
 from refluence.zoo import load_benchmark
+from support.cli import run
 
 SMALL = ["--dataset", "digits", "--model", "lr", "--n-train", 100, "--n-test", 20, "--epochs", 2]
 
@@ -29,16 +29,7 @@ def cache(tmp_path_factory):
     """One cache for all tests here, so that a model is trained once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REFLUENCE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("COLUMNS", "200")
         yield
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    unexpected = None if isinstance(result.exception, SystemExit) else result.exception
-    assert unexpected is None, result.output
-    assert result.exit_code == code, result.output
-    return result
 
 
 @pytest.fixture(scope="module")

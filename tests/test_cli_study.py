@@ -1,19 +1,13 @@
-"""`refluence study`: spellings, settings, refusals."""
+"""`refluence study`: spellings, settings, refusals; a run is in tests/studies/test_leave_one_out.py."""
 
-import json
-
-import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
-from refluence.cli import app
 from refluence.studies import leave_one_out
+from support.cli import run
 
 
 def call(*arguments, code=0):
-    result = CliRunner().invoke(app, ["study", "leave-one-out", *map(str, arguments)], env={"COLUMNS": "200"})
-    assert result.exit_code == code, result.output
-    return result
+    return run("study", "leave-one-out", *arguments, code=code)
 
 
 @pytest.fixture
@@ -66,20 +60,3 @@ def test_the_reduced_setting_can_be_repeated(asked, tmp_path):
 def test_options_that_cannot_be_are_refused(flags, message, asked, tmp_path):
     assert message in call("--out", tmp_path, *flags, code=2).output
     assert not asked
-
-
-def test_the_quick_study_end_to_end(tmp_path, monkeypatch):
-    import dataclasses
-
-    small = dataclasses.replace(leave_one_out.SETTINGS["digits"], drawn=300, seeds=1, l2=1e-2)
-    monkeypatch.setitem(leave_one_out.SETTINGS, "digits", small)
-    out = tmp_path / "out_of_place"
-    printed = call(f"--out={out}", "--test_mode", "--top", 5).output
-    summary = json.loads((out / "summary.json").read_text())
-    for method in ("exact", "cg", "lissa", "lissa_paper", "newton"):
-        assert {"pearson", "spearman", "slope", "r2"} <= set(summary[method])
-        assert f"{summary[method]['pearson']:.6f}" in printed
-    assert len(pd.read_parquet(out / "results.parquet")) == 5
-    assert "5 of 5 refits converged" in printed
-    again = call("--out", out, "--test-mode", "--top", 6, code=1)
-    assert "with top 5, not 6" in again.output

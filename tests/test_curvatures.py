@@ -109,7 +109,7 @@ def test_the_sampled_fisher_is_near_the_exact_one_and_its_error_says_how_near(mo
     exact = fitted(model, "true_fisher").score(TEST).values
     deviations = []
     for seed in range(8):
-        found = fitted(model, "mc_fisher", rf.solvers.Gram(), samples=24, seed=seed).score(TEST)
+        found = fitted(model, "mc_fisher", rf.solvers.Gram(), samples=24, seed=seed, batch_size=N).score(TEST)
         assert found.error is not None
         assert found.manifest["samples"] == 24
         deviations.append((found.values - exact) / found.error)
@@ -121,7 +121,7 @@ def test_the_sampled_fisher_is_near_the_exact_one_and_its_error_says_how_near(mo
 
 def test_the_error_falls_as_the_root_of_the_samples(model):
     few, many = (
-        fitted(model, "mc_fisher", rf.solvers.Gram(), samples=s).score(TEST).error.square().mean().sqrt()
+        fitted(model, "mc_fisher", rf.solvers.Gram(), samples=s, batch_size=N).score(TEST).error.square().mean().sqrt()
         for s in (64, 256)
     )
     # with few samples the rows have high leverage, and the error is larger than that of first order

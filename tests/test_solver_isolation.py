@@ -1,6 +1,7 @@
 """What is the user's is as before, with every solver on every curvature, also after an error."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from refluence.errors import PlanError, RefluenceError, SolverError
-from refluence.solvers import Dense
+from refluence.solvers import Dense, Lissa
 from support.least_squares import CURVATURES, all_solvers, fitted, linear
 
 
@@ -40,6 +41,8 @@ def test_nothing_of_the_users_changes(solver, curvature):
     model[3].weight.grad = torch.ones_like(model[3].weight)
     model[2].eval()
     train, test = linear()[1], linear(n=3, seed=1)[1]
+    if isinstance(solver, Lissa):  # the steps are all the same
+        solver = replace(solver, tolerance=0.3)
     before = state_of(model)
     random = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     with warnings.catch_warnings():

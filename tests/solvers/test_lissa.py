@@ -138,7 +138,7 @@ def test_the_hessian_where_it_is_positive_with_the_damping_and_not_else():
     [block] = problem.groups
     lowest, top = (float(torch.linalg.eigvalsh(problem.C[block])[i]) for i in (0, -1))
     assert lowest < -1e-3
-    enough = {block: 1.5 * -lowest}
+    enough = {block: 3 * -lowest}
     state = Lissa(tolerance=1e-3).prepare(problem.curvature)
     found = state.solve({block: problem.V[block].T}, enough)
     assert_equal(found.values[block], torch.linalg.inv(damped(problem, enough)[block]) @ problem.V[block].T, 1e-2)

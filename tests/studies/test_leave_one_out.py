@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,21 +18,44 @@ from refluence.studies import folder as folder_module
 from refluence.studies.leave_one_out import SETTINGS, Options, run
 from refluence.studies.leave_one_out.settings import load_problem
 from refluence.zoo import load_dataset
+from support.cli import run as run_command
 
 METHODS = ("exact", "cg", "lissa", "lissa_paper", "newton")
-SMALL = dataclasses.replace(SETTINGS["digits"], drawn=300, seeds=1, l2=1e-2, truncated=())
+SMALL = dataclasses.replace(SETTINGS["digits"], drawn=300, seeds=1, l2=1e-2)
 OPTIONS = Options(SMALL, seed=3, subsets=2, top=12)
 STAGES = {"optimum", "exact", "newton", "refits", "cg", "lissa", "lissa_paper_seed0"}
+FIRST = {*STAGES, "lissa_truncated_mean"}  # of the first subset, which the figure shows
 
 
 class KilledError(Exception):
     """Stands for a kill."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What the command line left and printed."""
+
+    folder: Path
+    printed: str
+    kills: int
+
+    @property
+    def summary(self):
+        return json.loads((self.folder / "summary.json").read_text())
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """(folder, summary, kills) of a small study of two subsets that is killed after every stage and taken up again."""
-    out, kills = tmp_path_factory.mktemp("study") / "out", 0
+def digits():
+    """The digits, small, in the place of the study's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SETTINGS, "digits", SMALL)
+        yield
+
+
+@pytest.fixture(scope="module")
+def done(digits, tmp_path_factory):
+    """A study of two subsets, killed after every stage and taken up again."""
+    out, kills = tmp_path_factory.mktemp("study") / "out_of_place", 0
     original = folder_module.write_tensors
 
     def killed(*arguments):
@@ -42,14 +66,18 @@ def done(tmp_path_factory):
         patch.setattr(folder_module, "write_tensors", killed)
         while True:
             try:
-                return out, run(OPTIONS, out, progress=False), kills
+                return Done(out, command(f"--out={out}", "--test_mode").stdout, kills)
             except KilledError:
                 kills += 1
 
 
+def command(*arguments, code=0):
+    return run_command("study", "leave-one-out", "--top", 12, "--subsets", 2, "--seed", 3, *arguments, code=code)
+
+
 @pytest.fixture(scope="module")
 def frame(done):
-    return pd.read_parquet(done[0] / "results.parquet")
+    return pd.read_parquet(done.folder / "results.parquet")
 
 
 def objective(x, y, weights, l2):
@@ -100,13 +128,13 @@ def test_the_actual_changes_are_those_of_refits_by_another_optimiser(frame):
 
 
 def test_every_refit_converged(done, frame):
-    assert done[1]["refits"] == done[1]["refits_converged"] == len(frame) == 24
+    assert done.summary["refits"] == done.summary["refits_converged"] == len(frame) == 24
     assert (frame["gradient_norm"] <= 1e-8).all()
-    assert done[1]["largest_baseline_change"] < 1e-8
+    assert done.summary["largest_baseline_change"] < 1e-8
 
 
 def test_predictions_are_as_good_as_theory_says(done):
-    summary = done[1]
+    summary = done.summary
     assert summary["exact"]["pearson"] > 0.99
     assert summary["cg"]["slope"] == pytest.approx(summary["exact"]["slope"], abs=1e-4)
     assert summary["lissa"]["slope"] == pytest.approx(summary["exact"]["slope"], abs=0.02)
@@ -126,19 +154,27 @@ def test_the_summary_is_the_median_over_subsets_of_what_the_rows_give(done, fram
                 [pearsonr(predicted, actual).statistic, spearmanr(predicted, actual).statistic, slope, 1 - residual]
             )
         expected = dict(zip(("pearson", "spearman", "slope", "r2"), np.median(found, axis=0), strict=True))
-        assert {name: done[1][key][name] for name in expected} == pytest.approx(expected, rel=1e-9)
-    assert json.loads((done[0] / "summary.json").read_text()) == done[1]
+        assert {name: done.summary[key][name] for name in expected} == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_command_line_prints_the_numbers_and_refuses_other_settings(done):
+    for method in METHODS:
+        assert {"pearson", "spearman", "slope", "r2"} <= set(done.summary[method])
+        assert f"{done.summary[method]['pearson']:.6f}" in done.printed
+    assert "24 of 24 refits converged" in done.printed
+    again = command("--out", done.folder, "--test-mode", "--top", 6, code=1)
+    assert "with top 12, not 6" in again.output
 
 
 def test_the_page_holds_the_figures_the_findings_and_no_link_to_the_network(done):
-    page = (done[0] / "report.html").read_text()
+    page = (done.folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "http://" not in page
     assert "https://" not in page
-    assert page.count("<article>") == len(METHODS)
+    assert page.count("<article>") == len(METHODS) + len(SMALL.truncated)
     assert "24 of 24" in page
-    assert f"{done[1]['exact']['slope']:.4f}" in page
-    assert {"figure.svg", "figure.png", "leverage.png", "statistics.parquet"} <= {p.name for p in done[0].iterdir()}
+    assert f"{done.summary['exact']['slope']:.4f}" in page
+    assert {"figure.svg", "figure.png", "leverage.png", "statistics.parquet"} <= {p.name for p in done.folder.iterdir()}
 
 
 def test_a_second_run_computes_nothing_and_gives_the_same(done, monkeypatch):
@@ -146,15 +182,16 @@ def test_a_second_run_computes_nothing_and_gives_the_same(done, monkeypatch):
         raise AssertionError("a finished stage was done again")
 
     monkeypatch.setattr(folder_module, "write_tensors", never)
-    assert run(OPTIONS, done[0], progress=False) == done[1]
+    before = done.summary
+    assert run(OPTIONS, done.folder, progress=False) == before == done.summary
 
 
 def test_a_kill_loses_no_finished_stage(done):
     """Each run did one stage more: none was done twice, and none was left out."""
-    for index in range(2):
-        assert {path.stem for path in (done[0] / f"stages/subset{index}").glob("*.safetensors")} == STAGES
-    assert done[2] == 2 * len(STAGES)
-    assert json.loads((done[0] / "manifest.json").read_text())["status"] == "complete"
+    for index, stages in enumerate((FIRST, STAGES)):
+        assert {path.stem for path in (done.folder / f"stages/subset{index}").glob("*.safetensors")} == stages
+    assert done.kills == len(FIRST) + len(STAGES)
+    assert json.loads((done.folder / "manifest.json").read_text())["status"] == "complete"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +204,7 @@ def test_a_kill_loses_no_finished_stage(done):
 )
 def test_a_folder_of_other_settings_is_refused(done, change, message):
     with pytest.raises(DataError, match=message):
-        run(dataclasses.replace(OPTIONS, **change), done[0], progress=False)
+        run(dataclasses.replace(OPTIONS, **change), done.folder, progress=False)
 
 
 def test_a_folder_of_something_else_is_refused_and_left_as_it_was(tmp_path):

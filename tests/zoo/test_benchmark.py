@@ -253,8 +253,9 @@ def test_an_untrained_model_needs_no_checkpoint(trainings, cache):
 @pytest.mark.data
 @pytest.mark.skipif("REFLUENCE_DATA" not in os.environ, reason="$REFLUENCE_DATA is not set: no MNIST files")
 def test_the_published_mnist_mlp(cache):
-    benchmark = load_benchmark("mnist", "mlp", progress=False)
+    """By 8 of its 50 epochs, which are in test_recipes.py."""
+    benchmark = load_benchmark("mnist", "mlp", epochs=8, progress=False)
     assert sum(parameter.numel() for parameter in benchmark.task.model.parameters()) == 109_386
     assert len(benchmark.train[1]) == 5000
-    assert benchmark.accuracy >= 0.93
+    assert benchmark.accuracy >= 0.925
     assert "109,386 parameters" in benchmark.description

@@ -1,23 +1,15 @@
 """`refluence data` and the data of `refluence doctor`."""
 
 import pytest
-from typer.testing import CliRunner
 
-from refluence.cli import app
 from refluence.zoo import dataset_names
+from support import cli
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, cache):
     monkeypatch.setenv("REFLUENCE_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments, code=0):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exit_code == code, result.output
-        return result
-
-    return run
+    return cli.run
 
 
 def test_list_shows_every_set_with_its_size_and_whether_it_is_here(run):
