@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from scipy.optimize import brentq
 
-from refluence.errors import RefluenceError
+from refluence.errors import RefluenceError, SketchSizeError
 from refluence.theory import SpectralMeasure, corrected_damping, damping_for, effective_dimension
 
 AUTO_SHARE = 16
@@ -179,7 +179,7 @@ def _shift_for(dimension: float, curvature: DampedCurvature | _Single) -> float:
         size = measure.sketch_size
         assert size is not None
         if dimension >= size:
-            raise RefluenceError(
+            raise SketchSizeError(
                 f"a sketch of m = {size} rows cannot hold an effective dimension of {dimension:g}: use a sketch of at "
                 f"least {int(2 * dimension)} rows, or a larger damping"
             )

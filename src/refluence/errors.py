@@ -27,6 +27,10 @@ class PlanError(RefluenceError):
     """A plan that does not fit the memory, or that asks a solver for what it cannot do."""
 
 
+class SketchSizeError(RefluenceError):
+    """A sketch with too few rows for the damping or the effective dimension that is wanted."""
+
+
 class NotFittedError(RefluenceError):
     """Something was asked of an `Influence` before `fit`."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.container import ErrorbarContainer
 
-from refluence.errors import DataError
+from refluence.errors import DataError, RefluenceError
 from refluence.evaluation.mislabel import mislabel
 from refluence.evaluation.plots import (
     NEUTRAL,
@@ -19,6 +19,7 @@ from refluence.evaluation.plots import (
     plot_comparison,
     plot_detection,
     plot_removal,
+    plot_spectrum,
 )
 
 
@@ -95,3 +96,24 @@ def test_removal_and_brittleness_curves() -> None:
     flips = pd.DataFrame({"method": ["m", "m", "random"], "removed": [1, 2, 1], "flipped": [0.2, 0.5, 0.0]})
     ax = plot_brittleness(flips.assign(low=0.0, high=1.0))
     assert ax.lines[0].get_ydata().tolist() == [0.2, 0.5]
+
+
+def test_a_spectrum_falls_on_a_logarithmic_scale_with_its_damping_and_dimension() -> None:
+    ax = plot_spectrum(torch.tensor([0.1, 10.0, 0.0, 1.0, 1e-18]), damping=0.1)
+    spectrum, damping, dimension = ax.lines
+    assert ax.get_yscale() == "log"
+    np.testing.assert_allclose(spectrum.get_ydata(), [10.0, 1.0, 0.1])
+    assert spectrum.get_xdata().tolist() == [1, 2, 3]
+    assert damping.get_ydata() == [0.1, 0.1]
+    expected = 10 / 10.1 + 1 / 1.1 + 0.5
+    np.testing.assert_allclose(dimension.get_xdata(), expected, rtol=1e-6)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["λ = 0.1", f"d_λ = {expected:.1f}"]
+    plot_spectrum([3.0, 2.0], ax=ax)
+    assert ax.lines[3].get_color() != spectrum.get_color()
+    assert len(plot_spectrum([3.0, 2.0]).lines) == 1
+
+
+@pytest.mark.parametrize(("values", "damping"), [([0.0, 0.0], None), ([1.0], 0.0)])
+def test_a_spectrum_without_a_positive_eigenvalue_or_damping_has_no_picture(values, damping) -> None:
+    with pytest.raises(RefluenceError, match="positive eigenvalue and damping"):
+        plot_spectrum(values, damping)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import refluence as rf
 from refluence.errors import RefluenceError
-from refluence.theory import SpectralMeasure, damping_for, effective_dimension, numerical_rank
+from refluence.theory import SpectralMeasure, damping_for, effective_dimension, numerical_rank, stable_rank
 
 positive = st.floats(1e-6, 1e4)
 spectra = st.lists(positive, min_size=1, max_size=30)
@@ -65,6 +65,17 @@ def test_a_dimension_that_no_damping_gives_is_refused_with_the_rank(dimension):
 
 def test_the_numerical_rank_counts_what_exceeds_rounding():
     assert numerical_rank([1.0, 1e-3, 1e-17, 0.0]) == 2
+
+
+@few
+@given(values=spectra, scale=positive, damping=positive)
+def test_the_stable_rank_lies_between_one_and_the_rank_and_bounds_the_dimension(values, scale, damping):
+    found = stable_rank(values)
+    assert 1 <= found <= len(values) * (1 + 1e-12)
+    assert found == pytest.approx(sum(values) / max(values), rel=1e-12)
+    assert stable_rank([scale * value for value in values]) == pytest.approx(found, rel=1e-9)
+    assert effective_dimension(values, damping) <= found * max(values) / damping * (1 + 1e-12)
+    assert stable_rank([0.0, 0.0]) == 0
 
 
 @pytest.mark.parametrize("values", [[], [[1.0, 2.0]], [1.0, math.nan], [1.0, math.inf]])

@@ -23,6 +23,7 @@ from refluence.evaluation.plots import (
     plot_comparison,
     plot_detection,
     plot_removal,
+    plot_spectrum,
 )
 from refluence.evaluation.randomisation import randomisation
 from refluence.evaluation.refitting import Refit, refit_without
@@ -70,6 +71,7 @@ __all__ = [
     "plot_comparison",
     "plot_detection",
     "plot_removal",
+    "plot_spectrum",
     "random_scores",
     "random_subsets",
     "randomisation",

@@ -1,4 +1,4 @@
-"""Matplotlib pictures of evaluations: each draws into the axes given, or new ones, and returns them."""
+"""Matplotlib pictures of evaluations and spectra: each draws into the axes given, or new ones, and returns them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from refluence.errors import DataError
+from refluence.errors import DataError, RefluenceError
 from refluence.evaluation.mislabel import Detection
 from refluence.report.plots import HARMFUL, HELPFUL, INK
+from refluence.theory.spectrum import Spectrum, as_spectrum, effective_dimension, numerical_rank
 
 NEUTRAL = "#9aa2ab"
 CYCLE = (HELPFUL, HARMFUL, "#3f8f5b", "#7a4fa3", "#b0324a", "#2f8f95")
@@ -102,6 +103,31 @@ def plot_brittleness(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.fill_between(part["removed"], part["low"], part["high"], color=color, alpha=0.15, linewidth=0)
     ax.set(ylim=(0, 1.02), xlabel="helpful examples removed", ylabel="share of predictions flipped")
     ax.legend(frameon=False)
+    return _quiet(ax)
+
+
+def plot_spectrum(eigenvalues: Spectrum, damping: float | None = None, ax: Axes | None = None) -> Axes:
+    """Eigenvalues σ_i of C against i, falling, on a logarithmic scale; with a damping, λ and d_λ as lines across it.
+
+    Left of d_λ lie about the directions in which the data outweigh the damping. Eigenvalues that are rounding, up to
+    r·ε·σ_max, are left out.
+
+    Raises:
+        RefluenceError: no positive eigenvalue, or a damping that is not positive.
+    """
+    values = np.sort(as_spectrum(eigenvalues))[::-1]
+    values = values[: numerical_rank(values)]
+    if not values.size or (damping is not None and not damping > 0):
+        raise RefluenceError(f"a spectrum's plot needs a positive eigenvalue and damping, not damping {damping!r}")
+    ax = ax or _axes()
+    color = CYCLE[sum(line.get_gid() == "spectrum" for line in ax.lines) % len(CYCLE)]
+    ax.semilogy(np.arange(1, values.size + 1), values, color=color, linewidth=1.5, gid="spectrum")
+    if damping is not None:
+        dimension = effective_dimension(values, damping)
+        ax.axhline(damping, color=INK, linewidth=0.8, linestyle="--", label=f"λ = {damping:.3g}")
+        ax.axvline(dimension, color=INK, linewidth=0.8, linestyle=":", label=f"d_λ = {dimension:.1f}")
+        ax.legend(frameon=False)
+    ax.set(xlabel="i", ylabel="eigenvalue σ_i of the curvature")
     return _quiet(ax)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from refluence.errors import RefluenceError
+from refluence.errors import RefluenceError, SketchSizeError
 from refluence.theory.spectrum import Spectrum, as_spectrum, effective_dimension
 
 
@@ -21,11 +21,12 @@ def implied_damping(eigenvalues: Spectrum, size: int, damping: float) -> float:
     Args:
         eigenvalues: of PCPᵀ; zeros may be left out.
         size: m, the rows of the sketch.
-        damping: μ > 0.
+        damping: μ > 0, or 0 where all m eigenvalues are positive.
+
+    Raises:
+        RefluenceError: an eigenvalue σ̃_j + μ that is not positive.
     """
-    if not damping > 0:
-        raise RefluenceError(f"damping must be > 0, not {damping!r}")
-    return 1.0 / float((1.0 / (_padded(eigenvalues, size) + damping)).mean())
+    return 1.0 / float((1.0 / _shifted(eigenvalues, size, damping)).mean())
 
 
 def corrected_damping(eigenvalues: Spectrum, size: int, target: float) -> float:
@@ -52,12 +53,49 @@ def corrected_damping(eigenvalues: Spectrum, size: int, target: float) -> float:
     low = -50.0
     if excess(low) <= 0:
         wanted = 2 * effective_dimension(values, target)
-        raise RefluenceError(
+        raise SketchSizeError(
             f"a sketch of m = {size} rows cannot estimate scores at damping {target:.3g}: it adds more damping of its "
             f"own, {1.0 / float((1.0 / np.maximum(values, np.finfo(float).tiny)).mean()):.3g}. Use m of at least "
             f"{max(2 * size, 2 * int(np.ceil(wanted)))}, or a larger damping"
         )
     return target * float(np.exp(brentq(excess, low, 0.0, xtol=1e-13, rtol=1e-13)))
+
+
+def sketched_dimension(eigenvalues: Spectrum, size: int, damping: float) -> tuple[float, float]:
+    """(κ, d_κ): what a sketch of m = `size` rows at `damping` μ says of C, d_κ = Σ_j σ̃_j/(σ̃_j+μ) = m(1 − μ/κ).
+
+    The sum is the sketch's own dimension at μ and C's at κ, up to an error of order 1 that does not grow with m
+    (LeJeune et al. 2022, Theorem 4.1).
+
+    Args:
+        eigenvalues: of PCPᵀ; zeros may be left out.
+        size: m, the rows of the sketch.
+        damping: μ > 0.
+    """
+    target = implied_damping(eigenvalues, size, damping)
+    return target, size * (1.0 - damping / target)
+
+
+def sketch_variance_scale(eigenvalues: Spectrum, size: int, damping: float) -> float:
+    """κ²/(mκ') = 1/Σ_j (σ̃_j+μ)⁻², with Var τ̃_ij = κ²/(mκ')·(s_ii s_jj + s_ij²) for s_ij = (Pv_i)ᵀ(PCPᵀ+μ)⁻²(Pg_j).
+
+    Args:
+        eigenvalues: of PCPᵀ; zeros may be left out.
+        size: m, the rows of the sketch.
+        damping: μ ≥ 0; at 0 all m eigenvalues must be positive.
+
+    Raises:
+        RefluenceError: an eigenvalue σ̃_j + μ that is not positive.
+    """
+    return 1.0 / float((_shifted(eigenvalues, size, damping) ** -2.0).sum())
+
+
+def _shifted(eigenvalues: Spectrum, size: int, damping: float) -> NDArray[np.float64]:
+    """σ̃_j + μ of all m eigenvalues."""
+    values = _padded(eigenvalues, size) + damping
+    if not damping >= 0 or not values.min() > 0:
+        raise RefluenceError(f"damping must be > 0, not {damping!r}, unless the sketched curvature has full rank")
+    return values
 
 
 def _padded(eigenvalues: Spectrum, size: int) -> NDArray[np.float64]:

@@ -86,6 +86,16 @@ def effective_dimension(
     return float((counts[positive] * values[positive] / (values[positive] + damping)).sum())
 
 
+def stable_rank(eigenvalues: Spectrum) -> float:
+    """tr C/‖C‖ = Σ_j σ_j/σ_max, between 1 and the rank; 0 for C = 0. It is λ·d_λ/‖C‖ for λ → ∞, and d_λ ≤ (‖C‖/λ)·it.
+
+    Args:
+        eigenvalues: of C ⪰ 0; zeros may be left out.
+    """
+    values = as_spectrum(eigenvalues)
+    return float(values.sum() / values.max()) if values.max() > 0 else 0.0
+
+
 def numerical_rank(eigenvalues: Spectrum, size: int | None = None) -> int:
     """How many eigenvalues exceed size · ε · σ_max, the rounding of a float64 eigensolver."""
     values = as_spectrum(eigenvalues)
