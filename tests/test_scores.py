@@ -111,3 +111,60 @@ def test_ids_and_errors_must_fit_the_values():
         rf.Scores(VALUES, 4, np.arange(3))
     with pytest.raises((DataError, TypeError), match="error"):
         rf.Scores(VALUES, 4, error=torch.ones(2, 3, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------- errors
+
+ERROR = torch.tensor([[1.0, 0.1, 0.5, 2.0], [1.0, 1.0, 0.25, 1.0]], dtype=torch.float64)
+Z = 1.959963984540054
+
+
+@pytest.fixture
+def uncertain():
+    return rf.Scores(VALUES, n_train=4, test_ids=np.array([10, 20]), error=ERROR)
+
+
+def test_a_score_is_indistinguishable_where_its_interval_covers_zero(uncertain, scores):
+    expected = VALUES.abs() <= Z * ERROR
+    assert torch.equal(uncertain.indistinguishable(), expected)
+    assert uncertain.indistinguishable().tolist() == [[False, False, True, True], [False, True, True, False]]
+    low, high = uncertain.interval(0.5)
+    assert torch.equal(uncertain.indistinguishable(0.5), (low <= 0) & (high >= 0))
+    assert scores.indistinguishable().tolist() == [[False] * 4, [False, False, True, False]]  # exact: the zero alone
+    with pytest.raises(DataError, match=r"-0\.1"):
+        scores.indistinguishable(-0.1)
+
+
+def test_tables_say_how_sure_every_row_is(uncertain):
+    top, bottom = uncertain.top(2), uncertain.bottom(2)
+    exact = ["test", "rank", "train", "score", "error", "predicted_loo_change"]
+    assert list(top.columns) == [*exact, "low", "high", "distinguishable", "probability_in_top"]
+    assert list(bottom.columns) == [*exact, "low", "high", "distinguishable", "probability_in_bottom"]
+    assert top["train"].tolist() == [0, 3, 1, 2]
+    np.testing.assert_allclose(top["low"], top["score"] - Z * top["error"])
+    np.testing.assert_allclose(top["high"], top["score"] + Z * top["error"])
+    assert top["distinguishable"].tolist() == [True, False, False, False]
+    for frame, name, chances in (
+        (top, "probability_in_top", uncertain.probability_in_top(2)),
+        (bottom, "probability_in_bottom", uncertain.probability_in_bottom(2)),
+    ):
+        rows = [0, 0, 1, 1]
+        np.testing.assert_array_equal(frame[name], chances[rows, frame["train"].to_numpy()])
+    # 3 ± 1 and 2 ± 2 against 0.5 ± 0.5 and −1 ± 0.1
+    assert top["probability_in_top"][0] > 0.98
+    assert 0.7 < top["probability_in_top"][1] < 0.8
+
+
+def test_every_pair_has_its_interval_in_the_frame_and_the_file(uncertain, tmp_path):
+    frame = uncertain.to_frame()
+    assert list(frame.columns)[-2:] == ["low", "high"]
+    np.testing.assert_allclose((frame["high"] - frame["low"]) / 2, Z * frame["error"])
+    pd.testing.assert_frame_equal(pd.read_parquet(uncertain.to_parquet(tmp_path / "scores.parquet")), frame)
+
+
+def test_the_top_of_exact_scores_is_certain(scores):
+    assert scores.probability_in_top(2).tolist() == [[1, 0, 0, 1], [0, 1, 1, 0]]
+    assert scores.probability_in_bottom(1).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    assert scores.probability_in_top(99).tolist() == [[1.0] * 4] * 2
+    with pytest.raises((DataError, TypeError), match="0"):
+        scores.probability_in_top(0)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from refluence.batches import Batches
@@ -66,10 +67,35 @@ def group_codes(groups: str | Iterable[Any], train: Batches) -> tuple[Tensor, An
     return torch.as_tensor(codes), np.asarray(names)
 
 
-def sum_columns(values: Float[Tensor, "k n"], codes: Tensor, count: int) -> Float[Tensor, "k g"]:
-    """The columns of each group added."""
-    summed = torch.zeros(values.shape[0], count, dtype=values.dtype, device=values.device)
-    return summed.index_add_(1, codes.to(values.device), values)
+@dataclass(frozen=True)
+class ColumnSums:
+    """Σ_{j in group} f_j · column j.
+
+    Args:
+        factors: f_j.
+        codes: the number of the group of each column.
+        count: how many groups.
+    """
+
+    factors: Float[Tensor, " n"]
+    codes: Int64[Tensor, " n"]
+    count: int
+
+    @property
+    def matrix(self) -> Float64[Tensor, "n g"]:
+        """A with `columns(values)` = values @ A."""
+        out = torch.zeros(len(self.codes), self.count, dtype=torch.float64)
+        out[torch.arange(len(self.codes)), self.codes.cpu()] = self.factors.double().cpu()
+        return out
+
+    def columns(self, values: Float[Tensor, "k n"]) -> Float[Tensor, "k g"]:
+        """The columns of each group, times their factors, added."""
+        summed = torch.zeros(values.shape[0], self.count, dtype=values.dtype, device=values.device)
+        return summed.index_add_(1, self.codes.to(values.device), values * self.factors.to(values))
+
+    def rows(self, values: Float[Tensor, "n m"]) -> Float[Tensor, "g m"]:
+        """The same of rows."""
+        return self.columns(values.T).T
 
 
 def _classes(train: Batches) -> Tensor:

@@ -201,6 +201,7 @@ class Ensemble:
         labels = groups if groups is None or isinstance(groups, str) else list(groups)
         spread, own_errors, records = _Spread(), _Errors(), []
         base: Scores | None = None
+        targets: set[str] = set()
         members = track(self.members, "scoring models", total=len(self), enabled=self._progress)
         for c, influence in enumerate(members):
             scores = influence.score(test, weights=weights, groups=labels, normalize=normalize)
@@ -209,11 +210,11 @@ class Ensemble:
             spread.add(eta * scores.values.double().cpu(), share)
             own_errors.add(None if scores.error is None else eta * scores.error.double().cpu())
             records.append({name: scores.manifest[name] for name in OWN})
+            targets.add(repr(scores.target_damping))
             base = base or scores
         assert base is not None
         # A weighted sum is c times the mean of its terms.
         scale = len(self) if self.form == "tracin" else 1
-        targets = {repr(record["damping"]) for record in records}
         return Scores(
             scale * spread.value,
             base.n_train,

@@ -15,16 +15,19 @@ import numpy as np
 import pandas as pd
 import torch
 import zarr
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float64
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
 from refluence._version import __version__
 from refluence.errors import DataError
+from refluence.top_probability import probability_in_top
 
 FORMAT_NAME = "refluence-scores-"
 FORMAT = FORMAT_NAME + "1"
+CONFIDENCE = 0.95
+"""Of the intervals in tables."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,35 +72,72 @@ class Scores:
         """Predicted change of each test measurement if the train example were removed: scores / n."""
         return self.values / self.n_train
 
-    def interval(self, confidence: float = 0.95) -> tuple[Float[Tensor, "k n"], Float[Tensor, "k n"]]:
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[Float[Tensor, "k n"], Float[Tensor, "k n"]]:
         """(lower, upper) normal intervals of the values; both are the values where they are exact.
 
         Raises:
             DataError: a confidence outside (0, 1).
         """
-        if not 0 < confidence < 1:
-            raise DataError(f"confidence must lie between 0 and 1, not {confidence!r}")
+        factor = _normal_factor(confidence)
         if self.error is None:
             return self.values, self.values
-        half = float(stats.norm.ppf(0.5 + confidence / 2)) * self.error
-        return self.values - half, self.values + half
+        return self.values - factor * self.error, self.values + factor * self.error
+
+    def indistinguishable(self, confidence: float = CONFIDENCE) -> Bool[Tensor, "k n"]:
+        """Whether the interval of a pair covers 0; each pair for itself: of many, 1 − confidence miss their value.
+
+        Raises:
+            DataError: a confidence outside (0, 1).
+        """
+        factor = _normal_factor(confidence)
+        return self.values == 0 if self.error is None else self.values.abs() <= factor * self.error
+
+    def probability_in_top(self, k: int = 10) -> Float64[Tensor, "k n"]:
+        """P(among the k most helpful train examples of a test): by independent normal errors, 0 or 1 where exact."""
+        return self._probability(k, largest=True)
+
+    def probability_in_bottom(self, k: int = 10) -> Float64[Tensor, "k n"]:
+        """P(among the k most harmful train examples of a test)."""
+        return self._probability(k, largest=False)
+
+    def _probability(self, k: int, largest: bool) -> Float64[Tensor, "k n"]:
+        k = self._count(k)
+        if self.error is not None:
+            return probability_in_top(self.values if largest else -self.values, self.error, k)
+        chosen = torch.topk(self.values, k, dim=1, largest=largest).indices.cpu()
+        return torch.zeros(self.shape, dtype=torch.float64).scatter_(1, chosen, 1.0)
+
+    def _count(self, k: int) -> int:
+        if not isinstance(k, Integral) or k < 1:
+            raise DataError(f"k must be an integer of at least 1, not {k!r}")
+        return min(int(k), self.values.shape[1])
 
     def top(self, k: int = 10) -> pd.DataFrame:
-        """The k most helpful train examples of every test example, the most helpful first."""
+        """The k most helpful train examples of every test example, the most helpful first.
+
+        Where the scores have errors: `low` and `high` of the 95 % interval, whether it is `distinguishable` from 0, and
+        `probability_in_top`, that the example is among the k most helpful.
+        """
         return self._extremes(k, largest=True)
 
     def bottom(self, k: int = 10) -> pd.DataFrame:
-        """The k most harmful train examples of every test example, the most harmful first."""
+        """The k most harmful train examples of every test example, the most harmful first.
+
+        The columns are those of `top`, with `probability_in_bottom`, that it is among the k most harmful.
+        """
         return self._extremes(k, largest=False)
 
     def _extremes(self, k: int, largest: bool) -> pd.DataFrame:
-        if not isinstance(k, Integral) or k < 1:
-            raise DataError(f"k must be an integer of at least 1, not {k!r}")
-        k = min(int(k), self.values.shape[1])
+        k = self._count(k)
         _, columns = torch.topk(self.values, k, dim=1, largest=largest)
         rows = np.repeat(np.arange(self.values.shape[0]), k)
         chosen = columns.cpu().numpy().reshape(-1)
-        return self._frame(rows, chosen, np.tile(np.arange(1, k + 1), self.values.shape[0]))
+        frame = self._frame(rows, chosen, np.tile(np.arange(1, k + 1), self.values.shape[0]))
+        if self.error is not None:
+            frame["distinguishable"] = (frame["low"] > 0) | (frame["high"] < 0)
+            name = "probability_in_top" if largest else "probability_in_bottom"
+            frame[name] = self._probability(k, largest).numpy()[rows, chosen]
+        return frame
 
     def _frame(self, rows: NDArray, columns: NDArray, rank: NDArray | None) -> pd.DataFrame:
         picked = (torch.as_tensor(rows), torch.as_tensor(columns))
@@ -112,10 +152,16 @@ class Scores:
             "error": error,
             "predicted_loo_change": score / self.n_train,
         }
+        if self.error is not None:
+            half = _normal_factor(CONFIDENCE) * error
+            content |= {"low": score - half, "high": score + half}
         return pd.DataFrame(content)
 
     def to_frame(self) -> pd.DataFrame:
-        """Every pair: test, train, score, error (NaN where exact), predicted_loo_change."""
+        """Every pair: test, train, score, error (NaN where exact), predicted_loo_change.
+
+        Where there are errors also `low` and `high` of the 95 % interval.
+        """
         k, n = self.values.shape
         return self._frame(np.repeat(np.arange(k), n), np.tile(np.arange(n), k), None)
 
@@ -233,6 +279,13 @@ class Scores:
         k, n = self.values.shape
         kind = "exact" if self.error is None else "with standard errors"
         return f"Scores({k} test × {n} train, {kind}, damping {self.target_damping})"
+
+
+def _normal_factor(confidence: float) -> float:
+    """Half the width of a normal interval, in standard errors."""
+    if not 0 < confidence < 1:
+        raise DataError(f"confidence must lie between 0 and 1, not {confidence!r}")
+    return float(stats.norm.ppf(0.5 + confidence / 2))
 
 
 def _holds_scores(path: Path) -> bool:

@@ -19,6 +19,7 @@ from refluence.report.formatting import shorten
 from refluence.report.predictions import Example, Verdict, examine
 from refluence.report.presentation import Kind, Presentation, View, column_names, views
 from refluence.report.trust import Trust, trust
+from refluence.report.uncertainty import chances_of, error_facts, error_sentence
 from refluence.report.verification import Checked, checked, removed_rows
 from refluence.scores import Scores
 
@@ -37,7 +38,10 @@ CURVE_POINTS = 160
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A training example that helped or harmed: `change` of the measurement if it were removed, and its interval."""
+    """A training example that helped or harmed: `change` of the measurement if it were removed, and its interval.
+
+    `chance` is the probability that it is among the strongest of its side, as many as the page shows.
+    """
 
     row: int
     view: View
@@ -45,6 +49,7 @@ class Neighbour:
     differs: bool
     change: float
     half_width: float | None
+    chance: float | None
     strength: float
 
     @property
@@ -98,7 +103,8 @@ class Content:
     self_influence_curve: tuple[tuple[float, float], ...]
     checked: Checked | None
     n_train: int
-    has_error: bool
+    places: int
+    error_sentence: str
     columns: tuple[str, ...]
     column_count: int
     coverage: tuple[CoverageRow, ...]
@@ -174,6 +180,8 @@ def build_content(
     values = scores.values[:MAX_CARDS].detach().double().cpu().numpy()
     errors = None if scores.error is None else scores.error[:MAX_CARDS].detach().double().cpu().numpy()
     changes = scores.predicted_loo_change[:MAX_CARDS].detach().double().cpu().numpy()
+    places = min(top, values.shape[1])
+    chances = chances_of(values, errors, places)
     train_rows = _rows(scores.train_ids, Batches(train, name="train").n, "train")
     test_rows = _rows(scores.test_ids, Batches(test, name="test").n, "test")[:MAX_CARDS]
     strongest = [_strongest(row, top) for row in values]
@@ -190,7 +198,7 @@ def build_content(
     test_views = dict(zip(test_examples, all_views[len(train_examples) :], strict=True))
     columns, column_count = column_names([example.sample for example in everything], presentation)
 
-    def neighbours(i: int, chosen: NDArray[np.intp], verdict: Verdict) -> tuple[Neighbour, ...]:
+    def neighbours(i: int, side: int, verdict: Verdict) -> tuple[Neighbour, ...]:
         largest = float(np.abs(values[i]).max()) or 1.0
         return tuple(
             Neighbour(
@@ -200,15 +208,16 @@ def build_content(
                 differs=_differs(train_examples[row].verdict, verdict),
                 change=float(changes[i, j]),
                 half_width=None if errors is None else Z95 * float(errors[i, j]) / int(scores.n_train),
+                chance=None if chances is None else float(chances[side][i, j]),
                 strength=abs(float(values[i, j])) / largest,
             )
-            for j in chosen
+            for j in strongest[i][side]
         )
 
     cards = []
     for i, row in enumerate(test_rows.tolist()):
         verdict = test_examples[row].verdict
-        helpful, harmful = (neighbours(i, side, verdict) for side in strongest[i])
+        helpful, harmful = (neighbours(i, side, verdict) for side in (0, 1))
         cards.append(Card(row, test_views[row], verdict, helpful, harmful, concentration(values[i], top)))
     coverage, coverage_count = coverage_rows(influence)
     return Content(
@@ -216,7 +225,7 @@ def build_content(
         kind=all_views[0].kind,
         measured=measured(task),
         trust=trust(influence, verification),
-        facts=facts(influence, scores),
+        facts=(*facts(influence, scores), *error_facts(influence, scores)),
         cards=tuple(cards),
         explained=len(scores.test_ids),
         suspects=_suspects(ranking, self_influence, train_examples, train_views),
@@ -224,7 +233,8 @@ def build_content(
         self_influence_curve=_curve(self_influence),
         checked=None if verification is None else checked(verification, train_examples, train_views),
         n_train=len(self_influence),
-        has_error=errors is not None,
+        places=places,
+        error_sentence=error_sentence(influence, scores),
         columns=columns if all_views[0].kind == "table" else (),
         column_count=column_count,
         coverage=coverage,

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from refluence.columns import ColumnSums
 from refluence.curvature import OuterCurvature, Vectors
 from refluence.errors import PlanError
 from refluence.gradients.kernels import cross_grams, gram_matrices
@@ -107,14 +108,18 @@ class WoodburyState(GramState):
             values = (direct.pop(block) - inner / self.n) / shift
             yield block, scale_rows(values, self.curvature.weights).T
 
-    def deviations(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]] | None:
+    def deviations(
+        self, tests: GradientRows, shifts: Shifts, sums: ColumnSums | None = None
+    ) -> Iterator[tuple[str, Float[Tensor, "k g"]]] | None:
         """Block → standard error over the sampled labels, of first order in each row left out and drawn again.
 
         dτ = −vᵀ(C'+μ)⁻¹ dC (C+μ)⁻¹g with C' the curvature without the row, (C'+μ)⁻¹f = (C+μ)⁻¹f/(1 − its leverage).
         """
-        return self._deviations(tests, shifts) if self.samples > 1 else None
+        return self._deviations(tests, shifts, sums) if self.samples > 1 else None
 
-    def _deviations(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]]:
+    def _deviations(
+        self, tests: GradientRows, shifts: Shifts, sums: ColumnSums | None
+    ) -> Iterator[tuple[str, Float[Tensor, "k g"]]]:
         features = self.curvature.features
         with_tests, with_train = cross_grams(features, tests), cross_grams(features, self.curvature.rows)
         order = sample_order(features.n, features.batches.batch_size, self.samples)
@@ -122,10 +127,12 @@ class WoodburyState(GramState):
             # By push-through these are √W F (C+μ)⁻¹ applied to the test and train gradients.
             left = system.solve(scale_rows(with_tests.pop(block), self.roots), shift)
             right = system.solve(scale_rows(with_train.pop(block), self.roots), shift)
+            right = self._weighted(right, 1)
+            if sums is not None:
+                right = sums.columns(right)
             # Without a row its own influence is larger by 1/(1 − leverage), which the row's presence hides.
             left /= (shift * system.inverse_diagonal(shift))[:, None]
-            variance = sampling_variance(left[order], right[order], self.n)
-            yield block, scale_rows(variance.sqrt_().T.contiguous(), self.curvature.weights).T
+            yield block, sampling_variance(left[order], right[order], self.n).sqrt_()
 
     def _damped(self, shifts: Shifts) -> Iterator[tuple[str, PositiveMatrix, float]]:
         for block, system, shift in self.systems_at(shifts):
@@ -147,7 +154,7 @@ class WoodburyState(GramState):
                 parts.setdefault(block, []).append(rows.squared_norms())
         return {block: torch.cat(norms) for block, norms in parts.items()}
 
-    def _weighted(self, total: Float[Tensor, " n"], power: int) -> Float[Tensor, " n"]:
+    def _weighted(self, total: Float[Tensor, "... n"], power: int) -> Float[Tensor, "... n"]:
         weights = self.curvature.weights
         return total if weights is None else total * weights.to(total) ** power
 

@@ -54,7 +54,7 @@ class PositiveMatrix:
         """tr M(M+μI)⁻¹."""
         if shift == 0:
             return float(self.rank())
-        if self._eigenvalues is None and self.size > SMALL:
+        if self._eigenvalues is None and self.size >= SMALL:
             dimension = float(self.size - shift * self.inverse_diagonal(shift).sum())
             # The difference has lost its digits where the dimension is tiny beside the size.
             return dimension if dimension > 1e-6 * self.size else float(self.leverages(shift).sum())
@@ -73,6 +73,12 @@ class PositiveMatrix:
         if self._inverse_diagonal is None or self._inverse_diagonal[0] != shift:
             self._inverse_diagonal = (shift, _inverse_diagonal_of(self._cholesky(shift)))
         return self._inverse_diagonal[1]
+
+    def inverse_trace(self, shift: float) -> float:
+        """tr (M+μI)⁻¹."""
+        if self._eigenvalues is None and self.size >= SMALL and shift > 0:
+            return float(self.inverse_diagonal(shift).sum())
+        return float((1.0 / (self.eigenvalues + shift)).sum())
 
     def leverages(self, shift: float) -> Float[Tensor, " N"]:
         """Diagonal of M(M+μI)⁻¹, each to full relative accuracy: no 1 − μ(M+μI)⁻¹ that cancels for small rows."""

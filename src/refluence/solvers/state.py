@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from refluence.columns import ColumnSums
 from refluence.curvature import Curvature, Vectors
 from refluence.errors import PlanError
 from refluence.gradients.rows import BlocksOfBatch, GradientRows
@@ -48,6 +49,8 @@ class State(ABC):
 
     exact: bool = False
     """Whether the scores are those of the curvature itself, with no approximation but rounding."""
+    independent_blocks: bool = False
+    """Whether the errors of the blocks are independent, so that variances add; else the errors may add."""
 
     def __init__(self, curvature: Curvature) -> None:
         self.curvature = curvature
@@ -92,9 +95,18 @@ class State(ABC):
     def scores(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]]:
         """Block → τ(v_i, w_j g_j); the blocks sum to the scores."""
 
-    def deviations(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]] | None:
-        """Block → standard error of each score, None where there is none or it is not known."""
+    def deviations(
+        self, tests: GradientRows, shifts: Shifts, sums: ColumnSums | None = None
+    ) -> Iterator[tuple[str, Float[Tensor, "k g"]]] | None:
+        """Block → standard error of each score, or of sums of its columns; None where there is none or it is unknown.
+
+        Errors of several blocks combine as `independent_blocks` says.
+        """
         return None
+
+    def targets(self, shifts: Shifts) -> Shifts:
+        """Block → the μ whose exact scores the scores at `shifts` estimate."""
+        return shifts
 
     @abstractmethod
     def self_influence(self, shifts: Shifts) -> Float[Tensor, " n"]:
