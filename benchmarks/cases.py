@@ -6,7 +6,7 @@ from benchmarks.case import Case, Size
 from benchmarks.inverse_cases import inverse_cases
 
 ITEMS = (
-    *("gram", "cg", "ekfac", "harmonic", "sketch", "formed", "route", "agreement"),
+    *("gram", "cg", "ekfac", "harmonic", "sketch", "formed", "route", "factored", "agreement"),
     *("solve", "lissa", "arnoldi", "nystroem"),
 )
 
@@ -86,6 +86,7 @@ def cases(size: Size, damping: float) -> list[Case]:
             scores="order",
         )
     )
+    table.extend(factored_cases(size, damping))
     table.append(
         Case(
             "agreement",
@@ -98,3 +99,47 @@ def cases(size: Size, damping: float) -> list[Case]:
         )
     )
     return table + inverse_cases(size, damping)
+
+
+def factored_cases(size: Size, damping: float) -> list[Case]:
+    """Sketches of both factors of every layer, each to 32 numbers and so to 1,024 a layer, and one block a layer."""
+    workers, side = "benchmarks.workers", 32
+    sketches = {
+        "kronecker": ("Kronecker", {"m_a": side, "m_e": side}),
+        "tensor": ("TensorSketch", {"m": side**2}),
+        "sjlt": ("SJLT", {"m": side**2}),
+    }
+    projections = [
+        Case(
+            f"layers-{name}",
+            "factored",
+            "refluence",
+            f"gradients of every layer and {kind} to {side**2:,} numbers",
+            f"{workers}.factored_projection",
+            {"sketch": {kind: arguments}},
+        )
+        for name, (kind, arguments) in sketches.items()
+    ]
+    scored = [
+        Case(
+            f"kronecker-{'corrected' if corrected else 'published'}",
+            "factored",
+            "refluence",
+            f"layer by layer, Kronecker to {side**2:,} numbers, "
+            + ("damping corrected for the sketch" if corrected else "as published"),
+            f"{workers}.kronecker",
+            {"m_a": side, "m_e": side, "damping": damping, "corrected": corrected},
+            scores="values",
+        )
+        for corrected in (False, True)
+    ]
+    logra = Case(
+        "logra",
+        "factored",
+        "dattri",
+        f"LoGraAttributor, {side**2:,} numbers a layer",
+        f"{workers}.dattri_logra",
+        {"size": side**2, "batch": size.n_train, "relative": 1e-5},
+        scores="order",
+    )
+    return [*projections, *scored, logra]

@@ -70,6 +70,12 @@ def _routes(found: Found) -> list[Target]:
         _share("SJLT of formed gradients ÷ a copy into memory at hand (`copy_`)", formed, found.fact("formed", "copy")),
         _best(found, "dattri TRAKAttributor ÷ sketched scores as published", "trak-", sketched, 5),
         _best(found, "dattri TRAKAttributor ÷ sketched scores with corrected damping", "trak-", corrected, 5),
+        _ratio(
+            "dattri LoGra ÷ Kronecker sketches of the same size, as published",
+            found.total("logra"),
+            found.total("kronecker-published"),
+            1,
+        ),
     ]
 
 

@@ -17,9 +17,9 @@ from refluence.curvature.kronecker import (
 )
 from refluence.curvature.layer_factors import _agree, covariances, factored_batches, layers_of, sides_of
 from refluence.gradients.blocks import DenseBlock
-from refluence.gradients.factors import Dense, OneHot
+from refluence.gradients.factors import Dense, OneHot, Term
 from refluence.gradients.fan import FanBlock
-from refluence.gradients.outer import OuterBlock, Term
+from refluence.gradients.outer import OuterBlock
 from support.kronecker import Problem
 from support.models import Case, labels, rows
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from refluence.gradients.blocks import DenseBlock, add_dense_gram
-from refluence.gradients.factors import Dense, OneHot, Patches, inner
-from refluence.gradients.outer import OuterBlock, Term
+from refluence.gradients.factors import Dense, OneHot, Patches, Term, inner
+from refluence.gradients.outer import OuterBlock
 
 R, C = 6, 8
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 import refluence as rf
 from refluence.errors import RefluenceError
 from refluence.gradients.blocks import DenseBlock
-from refluence.gradients.factors import Dense, OneHot, Patches
+from refluence.gradients.factors import Dense, OneHot, Patches, Term
 from refluence.gradients.joint import JointBlock
-from refluence.gradients.outer import OuterBlock, Term
+from refluence.gradients.outer import OuterBlock
 from refluence.sketches.base import LIFTED_COLUMNS
 from refluence.sketches.dense import TILE_COLUMNS, TILE_ROWS
 from refluence.sketches.random_bits import mix, random_bits

@@ -6,13 +6,15 @@ A block is n gradients of length d. What is kept may be far smaller than n·d nu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from refluence.gradients.factors import Term
 
 CHUNK_ELEMENTS = 1 << 23
 
@@ -24,12 +26,21 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @runtime_checkable
 class Projection(Protocol):
-    """What a block needs of a sketch: chunks of columns are added to the result in any order."""
+    """What a block needs of a sketch; it says by `add` which of the two ways below it takes a block."""
 
     @property
     def m(self) -> int:
         """Rows of the projection."""
         ...
+
+    def add(self, out: Float[Tensor, "n m"], block: GradientBlock) -> None:
+        """Add G Pᵀ of a block to `out`, by the block's `add_sketch` or its `add_factored`."""
+        ...
+
+
+@runtime_checkable
+class ColumnProjection(Protocol):
+    """A projection of columns: chunks of them are added to the result in any order."""
 
     @property
     def chunk_rows(self) -> int:
@@ -43,6 +54,19 @@ class Projection(Protocol):
 
     def accumulate(self, out: Float[Tensor, "n m"], columns: Float[Tensor, "n c"], start: int) -> None:
         """Add `columns` @ P[:, start : start + c]ᵀ to `out`."""
+        ...
+
+
+@runtime_checkable
+class FactoredProjection(Protocol):
+    """A projection of sums of outer products, each layer by itself; `at` is the layer's first column in the whole."""
+
+    def add_outer(self, parts: Sequence[tuple[Float[Tensor, "n m"], tuple[Term, ...]]], bias: bool, at: int) -> None:
+        """Add the projections of the outer products of each part to its output; the parts may share factors."""
+        ...
+
+    def add_rows(self, out: Float[Tensor, "n m"], rows: Float[Tensor, "n e"], at: int) -> None:
+        """Add the projections of a layer's gradients, kept as rows, to `out`."""
         ...
 
 
@@ -120,11 +144,15 @@ class GradientBlock(ABC):
     def sketch(self, projection: Projection) -> Float[Tensor, "n m"]:
         """Every gradient projected: G Pᵀ."""
         out = torch.zeros(self.n, projection.m, dtype=accumulation_dtype(self.dtype), device=self.device)
-        self.add_sketch(out, projection, 0)
+        projection.add(out, self)
         return out
 
-    def add_sketch(self, out: Float[Tensor, "n m"], projection: Projection, offset: int) -> None:
-        """Add G P[:, offset : offset + d]ᵀ to `out`."""
+    def add_factored(self, out: Float[Tensor, "n m"], projection: FactoredProjection, at: int) -> None:
+        """Add the projections of the layer whose first column is `at` in the whole to `out`."""
+        projection.add_rows(out, self.dense().to(out.dtype), at)
+
+    def add_sketch(self, out: Float[Tensor, "n m"], projection: ColumnProjection, offset: int) -> None:
+        """Add G P[:, offset : offset + d]ᵀ to `out`, some columns at a time."""
         for first in range(0, self.n, projection.chunk_rows):
             last = min(first + projection.chunk_rows, self.n)
             for start, columns in self.rows(first, last).chunks(projection.chunk_columns):
@@ -235,6 +263,9 @@ class ZeroBlock(GradientBlock):
         return iter(())
 
     def add_gram(self, out: Float[Tensor, "n m"], other: GradientBlock) -> None:
+        """Nothing to add."""
+
+    def add_factored(self, out: Float[Tensor, "n m"], projection: FactoredProjection, at: int) -> None:
         """Nothing to add."""
 
     def squared_norms(self) -> Float[Tensor, " n"]:

@@ -25,6 +25,7 @@ from refluence.gradients.extraction import LayoutError, Owner, extract
 from refluence.gradients.fan import FanBlock
 from refluence.gradients.functional import Objective, single_gradients, vectorised_gradients
 from refluence.gradients.joint import JointBlock
+from refluence.gradients.matrices import LayerMatrix
 from refluence.gradients.recording import record
 from refluence.gradients.routes import Groups, Route, Router
 from refluence.isolation import evaluation_mode
@@ -161,6 +162,17 @@ class Capture:
                 layers.append((route, tuple(columns)))
             found[group] = tuple(layers)
         return found
+
+    def matrices(self, group: str) -> tuple[LayerMatrix, ...]:
+        """The layers of a group as matrices, in the order of `JointBlock.blocks`."""
+        found = []
+        for route, stretches in self.layout[group]:
+            names, shape = route.owner.names, self.shapes[route.owner.names[0]]
+            outer = route.kind == "outer"
+            rows = shape[0] if outer else shape.numel()
+            columns = shape.numel() // rows if outer else 1
+            found.append(LayerMatrix(names, rows, columns, len(names) > 1, outer, stretches))
+        return tuple(found)
 
     def _blocks(self, batch: Any, objective: Objective, start: int, data: str, q: int) -> dict[Owner, GradientBlock]:
         n = rows_of(batch)

@@ -14,9 +14,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from refluence.gradients.blocks import DenseBlock, GradientBlock
-from refluence.gradients.factors import Dense, Factor, OneHot, Patches
+from refluence.gradients.factors import Dense, Factor, OneHot, Patches, Term
 from refluence.gradients.fan import FanBlock
-from refluence.gradients.outer import OuterBlock, Term, merged
+from refluence.gradients.outer import OuterBlock, merged
 from refluence.gradients.recorder import Slice, Use
 
 LAYOUTS = ("first", "second", "batch-major", "batch-minor")

@@ -26,6 +26,10 @@ class Factor(ABC):
         """The vectors themselves."""
 
     @abstractmethod
+    def products(self, matrix: Float[Tensor, "k m"]) -> Float[Tensor, "n t m"]:
+        """vectorᵀ M for each vector, in the dtype of M."""
+
+    @abstractmethod
     def rows(self, start: int, stop: int) -> Factor:
         """The factor of examples [start, stop)."""
 
@@ -48,6 +52,10 @@ class Dense(Factor):
     def vectors(self) -> Float[Tensor, "n t k"]:
         """The vectors themselves."""
         return self.values
+
+    def products(self, matrix: Float[Tensor, "k m"]) -> Float[Tensor, "n t m"]:
+        """vectorᵀ M for each vector."""
+        return self.values.to(matrix.dtype) @ matrix
 
     def rows(self, start: int, stop: int) -> Dense:
         """The factor of examples [start, stop)."""
@@ -75,6 +83,10 @@ class OneHot(Factor):
         """The vectors themselves."""
         return F.one_hot(self.index, self.size).to(self.dtype)
 
+    def products(self, matrix: Float[Tensor, "k m"]) -> Float[Tensor, "n t m"]:
+        """The rows of M that the ones select."""
+        return matrix[self.index]
+
     def rows(self, start: int, stop: int) -> OneHot:
         """The factor of examples [start, stop)."""
         return OneHot(self.index[start:stop], self.size, self.dtype)
@@ -82,6 +94,9 @@ class OneHot(Factor):
     def tensors(self) -> tuple[Tensor, ...]:
         """What is kept in memory."""
         return (self.index,)
+
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +133,15 @@ class Patches(Factor):
         order = [0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
         return patches.permute(order).reshape(self.n, self.t, self.k)
 
+    def products(self, matrix: Float[Tensor, "k m"]) -> Float[Tensor, "n t m"]:
+        """vectorᵀ M for each patch, as the convolution whose kernels are the columns of M; no patch is formed."""
+        if (convolve := _CONVOLUTIONS.get(len(self.kernel))) is None:
+            return self.vectors().to(matrix.dtype) @ matrix
+        images = F.pad(self.images.to(matrix.dtype), self.padding).flatten(0, 1)
+        kernels = matrix.T.reshape(-1, images.shape[1], *self.kernel)
+        found = convolve(images, kernels, stride=self.stride, dilation=self.dilation)
+        return found.flatten(2).unflatten(0, (self.n, -1)).transpose(2, 3).reshape(self.n, self.t, -1)
+
     def rows(self, start: int, stop: int) -> Patches:
         """The factor of examples [start, stop)."""
         return Patches(self.images[start:stop], self.kernel, self.stride, self.dilation, self.padding)
@@ -125,6 +149,14 @@ class Patches(Factor):
     def tensors(self) -> tuple[Tensor, ...]:
         """What is kept in memory."""
         return (self.images,)
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One use of a weight matrix: Σ_t row_t ⊗ column_t."""
+
+    row: Factor
+    column: Factor
 
 
 def inner(first: Factor, second: Factor, dtype: torch.dtype) -> Float[Tensor, "n t m s"]:

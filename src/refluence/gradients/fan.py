@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refluence.gradients.blocks import GradientBlock, Projection, ZeroBlock
+from refluence.gradients.blocks import ColumnProjection, FactoredProjection, GradientBlock, ZeroBlock
 from refluence.gradients.factors import OneHot
 from refluence.gradients.outer import OuterBlock, add_matrix_sums, matrix_products
 
@@ -85,10 +85,19 @@ class FanBlock(GradientBlock):
             else:
                 part.add_gram(out[span], other)
 
-    def add_sketch(self, out: Float[Tensor, "n m"], projection: Projection, offset: int) -> None:
+    def add_sketch(self, out: Float[Tensor, "n m"], projection: ColumnProjection, offset: int) -> None:
         """Add G P[:, offset : offset + d]ᵀ to `out`."""
         for span, part in self._spans():
             part.add_sketch(out[span], projection, offset)
+
+    def add_factored(self, out: Float[Tensor, "n m"], projection: FactoredProjection, at: int) -> None:
+        """Add the gradients projected by their factors to `out`; what is shared is projected once."""
+        outer = [(out[span], part) for span, part in self._spans() if isinstance(part, OuterBlock)]
+        if outer:
+            projection.add_outer([(some, part.terms) for some, part in outer], outer[0][1].bias, at)
+        for span, part in self._spans():
+            if not isinstance(part, OuterBlock):
+                part.add_factored(out[span], projection, at)
 
     def squared_norms(self) -> Float[Tensor, " n"]:
         """‖g‖² of every row."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refluence.gradients.blocks import GradientBlock
+from refluence.gradients.blocks import FactoredProjection, GradientBlock
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +52,11 @@ class JointBlock(GradientBlock):
         assert isinstance(other, JointBlock)
         for mine, theirs in zip(self.blocks, other.blocks, strict=True):
             mine.add_gram(out, theirs)
+
+    def add_factored(self, out: Float[Tensor, "n m"], projection: FactoredProjection, at: int) -> None:
+        """Add the projections of every layer by itself to `out`."""
+        for block, stretches in zip(self.blocks, self.columns, strict=True):
+            block.add_factored(out, projection, at + stretches[0][2])
 
     def squared_norms(self) -> Float[Tensor, " n"]:
         """‖g‖² of every example."""

@@ -12,16 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refluence.gradients.blocks import CHUNK_ELEMENTS, DenseBlock, GradientBlock, ZeroBlock, add_dense_gram
-from refluence.gradients.factors import Dense, Factor, OneHot, inner
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """One use of the matrix: Σ_t row_t ⊗ column_t."""
-
-    row: Factor
-    column: Factor
+from refluence.gradients.blocks import (
+    CHUNK_ELEMENTS,
+    DenseBlock,
+    FactoredProjection,
+    GradientBlock,
+    ZeroBlock,
+    add_dense_gram,
+)
+from refluence.gradients.factors import Dense, OneHot, Term, inner
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +152,10 @@ class OuterBlock(GradientBlock):
                         products += 1
                     products *= inner(mine.row.rows(first, last), theirs.row, out.dtype)
                     out[first:last] += products.sum(dim=(1, 3))
+
+    def add_factored(self, out: Float[Tensor, "n m"], projection: FactoredProjection, at: int) -> None:
+        """Add the gradients projected by their factors to `out`."""
+        projection.add_outer([(out, self.terms)], self.bias, at)
 
     def squared_norms(self) -> Float[Tensor, " n"]:
         """‖g‖² of every example."""

@@ -11,6 +11,7 @@ from refluence.batches import Batches
 from refluence.gradients.capture import Capture
 from refluence.gradients.functional import Objective
 from refluence.gradients.joint import JointBlock
+from refluence.gradients.matrices import LayerMatrix
 from refluence.progress import track
 
 BlocksOfBatch = dict[str, JointBlock]
@@ -52,6 +53,10 @@ class GradientRows:
     def dimension(self, group: str) -> int:
         """d of a group."""
         return sum(self.capture.shapes[name].numel() for name in self.capture.groups[group])
+
+    def matrices(self, group: str) -> tuple[LayerMatrix, ...]:
+        """The layers of a group as matrices."""
+        return self.capture.matrices(group)
 
     @property
     def kept(self) -> bool:

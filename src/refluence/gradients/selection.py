@@ -8,10 +8,10 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from refluence.gradients.blocks import DenseBlock, GradientBlock, ZeroBlock
-from refluence.gradients.factors import Dense, Factor, OneHot, Patches
+from refluence.gradients.factors import Dense, Factor, OneHot, Patches, Term
 from refluence.gradients.fan import FanBlock
 from refluence.gradients.joint import JointBlock
-from refluence.gradients.outer import OuterBlock, Term
+from refluence.gradients.outer import OuterBlock
 
 
 def select_rows(block: GradientBlock, rows: Int64[Tensor, " b"]) -> GradientBlock:

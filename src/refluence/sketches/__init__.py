@@ -2,7 +2,9 @@
 
 from refluence.sketches.base import Sketch
 from refluence.sketches.gaussian import Gaussian
+from refluence.sketches.kronecker import Kronecker
 from refluence.sketches.rademacher import Rademacher
 from refluence.sketches.sjlt import SJLT
+from refluence.sketches.tensor import TensorSketch
 
-__all__ = ["SJLT", "Gaussian", "Rademacher", "Sketch"]
+__all__ = ["SJLT", "Gaussian", "Kronecker", "Rademacher", "Sketch", "TensorSketch"]

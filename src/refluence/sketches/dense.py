@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refluence.sketches.base import Sketch
+from refluence.sketches.base import ColumnSketch
 
 TILE_ROWS = 256
 TILE_COLUMNS = 1024
@@ -21,7 +21,7 @@ _cached_bytes = 0
 _lock = threading.Lock()
 
 
-class DenseSketch(Sketch):
+class DenseSketch(ColumnSketch):
     """P with independent entries of variance 1/m; the first rows of a larger P, rescaled, are the smaller one's.
 
     P is made of tiles that depend on the seed and the tile's place alone. Tiles are kept (all sketches together) up to
@@ -47,6 +47,10 @@ class DenseSketch(Sketch):
                 bottom = min(self.m, top + TILE_ROWS)
                 tile = self._kept_tile(row, column, columns.device)[: bottom - top, first - left : last - left]
                 out[:, top:bottom].addmm_(scaled, tile.to(columns.dtype).T)
+
+    def work(self, d: int, kept: float) -> float:
+        """One for each entry of P."""
+        return float(d) * self.m
 
     def _kept_tile(self, row: int, column: int, device: torch.device) -> Tensor:
         key = (type(self), self.seed, row, column, str(device))
