@@ -28,7 +28,6 @@ MOST_TOGETHER = 64
 HISTORY = 8
 HALVINGS = 30
 SUFFICIENT = 1e-4
-ROUNDING = 1e-12
 CURVED = 1e-12
 PATIENCE = 10
 """Steps without progress after which a removal is given up: at the end of the digits."""
@@ -229,7 +228,7 @@ class _Search:
             tried = state.theta[pending] + length * direction[pending]
             new_value, new_gradient = self._objective(tried, state.which[pending])
             falls = new_value <= state.value[pending] + SUFFICIENT * length * slope[pending]
-            level = new_value <= state.value[pending] + ROUNDING * state.value[pending].abs()
+            level = new_value <= state.value[pending] + self.sums.rounding * state.value[pending].abs()
             flatter = new_gradient.norm(dim=1) < norms[pending]
             accepted = (falls & (flatter | (new_value < state.value[pending]))) | (level & flatter)
             accepted &= torch.isfinite(new_gradient).all(dim=1)
@@ -248,7 +247,7 @@ class _Search:
         if len(state.pairs) > HISTORY:
             del state.pairs[0]
         norms = gradient.norm(dim=1)
-        progress = (value < state.value - ROUNDING * state.value.abs()) | (norms < state.flattest / 2)
+        progress = (value < state.value - self.sums.rounding * state.value.abs()) | (norms < state.flattest / 2)
         state.idle = torch.where(progress, 0, state.idle + 1)
         state.flattest = torch.where(progress, torch.minimum(norms, state.flattest), state.flattest)
         state.theta, state.value, state.gradient = theta, value, gradient

@@ -35,6 +35,8 @@ class Sums(ABC):
 
     n: int
     d: int
+    rounding: float = 1e-12
+    """Relative change of a value that is no more than its rounding."""
 
     @abstractmethod
     def of_all(self, thetas: Float64[Tensor, "m d"]) -> tuple[Value, Gradient]:

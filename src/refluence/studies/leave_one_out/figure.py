@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
@@ -11,7 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from refluence.report.plots import HARMFUL, HELPFUL, INK
+from refluence.studies.folder import StudyFolder
 from refluence.studies.leave_one_out.methods import TITLES
+from refluence.studies.page import png
 
 COLUMNS = 3
 METRICS = (("pearson", "Pearson"), ("spearman", "Spearman"), ("slope", "slope"), ("r2", "R² about y = x"))
@@ -32,6 +35,14 @@ def scatter_figure(frame: pd.DataFrame, table: pd.DataFrame, keys: Sequence[str]
     figure.supxlabel("actual change of the test loss, refitted without the example")
     figure.supylabel("predicted change")
     return figure
+
+
+def save(folder: StudyFolder, name: str, figure: Figure) -> None:
+    """Write a figure as SVG and PNG."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    folder.write_text(f"{name}.svg", text.getvalue())
+    (folder.path / f"{name}.png").write_bytes(png(figure))
 
 
 def _panel(

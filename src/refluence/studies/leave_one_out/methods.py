@@ -16,6 +16,7 @@ from refluence.task import Task
 TITLES = {
     "exact": "Exact Hessian",
     "cg": "Conjugate gradients",
+    "ggn": "Gauss–Newton matrix",
     "lissa": "LiSSA, automatic scale and depth",
     "lissa_paper": "LiSSA, the paper's parameters",
     "newton": "Newton-corrected",

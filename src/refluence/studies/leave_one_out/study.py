@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from refluence.studies.folder import REPORT, RESULTS, SUMMARY, StudyFolder
-from refluence.studies.leave_one_out.figure import leverage_figure, scatter_figure
+from refluence.studies.leave_one_out.figure import leverage_figure, save, scatter_figure
 from refluence.studies.leave_one_out.findings import findings
 from refluence.studies.leave_one_out.methods import TITLES
 from refluence.studies.leave_one_out.outcome import shown, summary_of, table_of
 from refluence.studies.leave_one_out.settings import Options
 from refluence.studies.leave_one_out.subset import OPTIMUM, Subset, study_subset
-from refluence.studies.page import Fact, Picture, StudyPage, png, render
+from refluence.studies.page import Fact, Picture, StudyPage, render
 
 NAME = "leave-one-out"
 SOURCE = "P. W. Koh and P. Liang, Understanding black-box predictions via influence functions, ICML 2017, Figure 2."
@@ -49,19 +48,12 @@ def run(options: Options, out: str | Path, *, progress: bool = True) -> dict[str
     folder.write_frame("statistics.parquet", statistics[["subset", "method", "metric", "value", "low", "high", "n"]])
     scatter = scatter_figure(subsets[0].frame, table_of(subsets[:1]), shown(subsets[0]))
     leverage = leverage_figure(subsets[0].frame, ("exact", "newton"))
-    _save(folder, "figure", scatter)
-    _save(folder, "leverage", leverage)
+    save(folder, "figure", scatter)
+    save(folder, "leverage", leverage)
     folder.write_text(REPORT, render(_page(options, subsets, summary, scatter, leverage)))
     folder.write_json(SUMMARY, summary)
     folder.write_manifest("complete", facts=[dict(subset.facts) for subset in subsets])
     return summary
-
-
-def _save(folder: StudyFolder, name: str, figure: Figure) -> None:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    folder.write_text(f"{name}.svg", text.getvalue())
-    (folder.path / f"{name}.png").write_bytes(png(figure))
 
 
 def _page(
