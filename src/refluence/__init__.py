@@ -9,6 +9,8 @@ from refluence._version import __version__
 
 if TYPE_CHECKING:
     from refluence import errors, evaluation, sketches, solvers, theory
+    from refluence.accuracy import Accuracy
+    from refluence.certificates import Certificate
     from refluence.damping import EffectiveDimension, RelativeDamping
     from refluence.ensemble import Ensemble
     from refluence.execution import Execution
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from refluence.task import Task
 
 __all__ = [
+    "Accuracy",
+    "Certificate",
     "EffectiveDimension",
     "Ensemble",
     "Execution",
@@ -33,6 +37,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Accuracy": "accuracy",
+    "Certificate": "certificates",
     "EffectiveDimension": "damping",
     "RelativeDamping": "damping",
     "Ensemble": "ensemble",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from refluence.accuracy import Accuracy, accurate_plan, check_accuracy, grown
 from refluence.batches import Batches, Data
 from refluence.columns import checked_weights
 from refluence.curvature import Curvature
@@ -55,6 +56,7 @@ class Settings:
     seed: int
     samples: int
     execution: Execution
+    accuracy: Accuracy | None = None
 
     def __post_init__(self) -> None:
         if self.curvature not in CURVATURES:
@@ -65,6 +67,7 @@ class Settings:
             )
         if not isinstance(self.samples, int) or isinstance(self.samples, bool) or self.samples < 1:
             raise RefluenceError(f"samples must be an integer of at least 1, not {self.samples!r}")
+        check_accuracy(self.accuracy, self.solver, self.curvature)
 
 
 @dataclass(eq=False)
@@ -143,6 +146,8 @@ def prepare(settings: Settings, train: Data, n_test: int) -> Prepared:
         damping=settings.damping,
     )
     plan = make_plan(workload, settings.curvature, settings.solver, budget, settings.seed)
+    if settings.accuracy is not None and settings.solver == "auto":
+        plan = accurate_plan(plan, settings.accuracy, settings.curvature, settings.seed)
     return Prepared(capture, batches, plan)
 
 
@@ -166,8 +171,19 @@ def fit(settings: Settings, train: Data, weights: Sequence[float] | Tensor | Non
             raise
         curvature = prepared.curvature(settings, checked, None)
         state = solver.prepare(curvature)
-    model = prepared.capture.model
-    return Fit(model, prepared.capture, curvature, state, prepared.plan, model_fingerprint(model))
+    model, plan = prepared.capture.model, prepared.plan
+    if settings.accuracy is not None:
+        state, plan = accurate(settings, state, plan, settings.damping)
+    return Fit(model, prepared.capture, curvature, state, plan, model_fingerprint(model))
+
+
+def accurate(
+    settings: Settings, state: State, plan: Plan, damping: DampingChoice, tests: GradientRows | None = None
+) -> tuple[State, Plan]:
+    """The state and plan, or those of a sketch that is large enough for the accuracy asked for (`grown`)."""
+    assert settings.accuracy is not None
+    auto = settings.solver == "auto"
+    return grown(state, plan, settings.accuracy, damping, settings.task.l2, settings.curvature, tests, auto)
 
 
 def _forward_work(block: GradientBlock) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from refluence import fitting
 from refluence._version import __version__
+from refluence.accuracy import Accuracy
 from refluence.batches import Batches, Data
-from refluence.columns import check_normalisation, checked_weights, group_codes, hash_numbers, sum_columns
+from refluence.columns import ColumnSums, check_normalisation, checked_weights, group_codes, hash_numbers
 from refluence.damping import DampingChoice, check_damping, resolve
 from refluence.errors import DataError, NotFittedError, RefluenceError
 from refluence.execution import Execution
@@ -29,6 +30,9 @@ from refluence.planning import ASSUMED_TESTS, Plan
 from refluence.scores import Scores
 from refluence.solvers import Identity, Solver
 from refluence.task import Task
+
+if TYPE_CHECKING:
+    from refluence.certificates import Certificate
 
 SHARE_FOR_TESTS = 0.25
 
@@ -45,6 +49,8 @@ class Influence:
         damping: λ: a number, `rf.RelativeDamping(c)`, `rf.EffectiveDimension(k)`, "auto", the λ with
             d_λ = min(n/16, d/16, 2048), or a dict of these by block.
         blocks: "full", "module", "parameter", or {block name: [parameter names]}; C is block-diagonal over them.
+        accuracy: `rf.Accuracy(0.1)`: with solver "auto" or a sketch, the sketch grows until the intervals of the scores
+            are as narrow, or an exact solver is taken where that is no dearer.
         device: where to compute; None: where the model is. The user's model is copied, never moved.
         dtype: None: gradients in the model's dtype, curvature and solves in float64; else the whole attribution on a
             copy of the model in that dtype.
@@ -65,6 +71,7 @@ class Influence:
         solver: Solver | str = "auto",
         damping: DampingChoice = "auto",
         blocks: Blocks = "full",
+        accuracy: Accuracy | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         batch_size: int | None = None,
@@ -90,6 +97,7 @@ class Influence:
             int(seed),
             samples,
             execution or Execution(),
+            accuracy,
         )
         self._fit: Fit | None = None
         self._resolved: dict[str, float] | None = None
@@ -192,8 +200,7 @@ class Influence:
     @property
     def damping(self) -> float | dict[str, float]:
         """λ in use, l2 not included; block → λ where the blocks differ."""
-        dampings = self._dampings()
-        return next(iter(dampings.values())) if len(set(dampings.values())) == 1 else dict(dampings)
+        return common(self._dampings())
 
     @property
     def effective_dimension(self) -> float:
@@ -271,6 +278,7 @@ class Influence:
         weights: Sequence[float] | Tensor | None = None,
         groups: str | Iterable[Any] | None = None,
         normalize: str | None = None,
+        errors: bool = True,
         by_block: Literal[False] = False,
     ) -> Scores: ...
 
@@ -282,6 +290,7 @@ class Influence:
         weights: Sequence[float] | Tensor | None = None,
         groups: str | Iterable[Any] | None = None,
         normalize: str | None = None,
+        errors: bool = True,
         by_block: Literal[True],
     ) -> dict[str, Scores]: ...
 
@@ -292,6 +301,7 @@ class Influence:
         weights: Sequence[float] | Tensor | None = None,
         groups: str | Iterable[Any] | None = None,
         normalize: str | None = None,
+        errors: bool = True,
         by_block: bool = False,
     ) -> Scores | dict[str, Scores]:
         """τ_λ of every test example with every train example; positive = helpful.
@@ -302,23 +312,29 @@ class Influence:
             groups: sum the columns by group: one label for each train example, or "class" for its target.
             normalize: "theta-relatif" divides column j by ‖(C+λ)⁻¹g_j‖, "l-relatif" by √τ(g_j, g_j) (Barshan,
                 Brunet & Dziugaite 2020), which keeps globally influential examples from ranking first everywhere.
+            errors: False: without standard errors, which spares their time: of a sketch about that of the fit again.
             by_block: a dict of the scores that come from each block of parameters; they add up to the scores.
 
         Raises:
             DataError: wrong test data, weights or groups.
         """
         check_normalisation(normalize)
-        fit = self._fitted()
         tests = self._test_rows(test)
+        fit = self._accurate(tests)
         columns = torch.ones(self.n_train, dtype=torch.float64, device=fit.rows.device)
         if normalize is not None:
             columns = columns / self._column_norms(normalize)
         if weights is not None:
             columns = columns * checked_weights(weights, self.n_train, negative=True).to(columns)
         plain = normalize is None and weights is None
-        codes, train_ids = (None, np.arange(self.n_train)) if groups is None else group_codes(groups, fit.rows.batches)
+        sums, train_ids = None, np.arange(self.n_train)
+        if groups is not None:
+            codes, train_ids = group_codes(groups, fit.rows.batches)
+            sums = ColumnSums(columns, codes, len(train_ids))
+        targets = self._targets()
         manifest = {
             **self.manifest(),
+            "target_damping": common(targets),
             "normalize": normalize,
             "score_weights": None if weights is None else hash_numbers(weights),
             "groups": groups if groups is None or isinstance(groups, str) else "given labels",
@@ -326,35 +342,63 @@ class Influence:
         }
 
         def finished(values: Tensor, error: Tensor | None, block: str | None) -> Scores:
-            if not plain:
+            if sums is not None:
+                values = sums.columns(values)
+            elif not plain:
                 values = values * columns
                 error = None if error is None else error * columns.abs()
-            if codes is not None:
-                values = sum_columns(values, codes, len(train_ids))
-                error = None if error is None else sum_columns(error, codes, len(train_ids))
             if not bool(torch.isfinite(values).all()):
                 raise RefluenceError("the scores hold NaN or Inf: use a larger damping")
-            target: Any = self.damping if block is None else self._dampings()[block]
-            own = manifest if block is None else {**manifest, "block": block}
+            own = manifest if block is None else {**manifest, "block": block, "target_damping": targets[block]}
             return Scores(
                 values.cpu(),
                 self.n_train,
                 train_ids,
                 error=None if error is None else error.cpu(),
-                target_damping=target,
+                target_damping=own["target_damping"],
                 manifest=own,
             )
 
         parts = fit.state.scores(tests, self.shifts)
-        deviations = fit.state.deviations(tests, self.shifts)
+        deviations = fit.state.deviations(tests, self.shifts, sums) if errors else None
         if by_block:
-            errors = dict(deviations) if deviations is not None else {}
-            return {block: finished(part.contiguous(), errors.get(block), block) for block, part in parts}
-        values, error = _total(parts), None
-        if deviations is not None:
-            # The blocks share the same samples, so their errors may add up.
-            error = _total(deviations)
+            found = dict(deviations) if deviations is not None else {}
+            return {block: finished(part.contiguous(), found.get(block), block) for block, part in parts}
+        values = _total(parts)
+        error = None if deviations is None else _combined(deviations, fit.state.independent_blocks)
         return finished(values, error, None)
+
+    def _accurate(self, tests: GradientRows) -> Fit:
+        """The fit, with a larger sketch where these tests need one for the accuracy asked for."""
+        fit = self._fitted()
+        if self.settings.accuracy is not None:
+            state, plan = fitting.accurate(self.settings, fit.state, fit.plan, dict(self._dampings()), tests)
+            self._fit = fit = replace(fit, state=state, plan=plan)
+        return fit
+
+    def certify(
+        self,
+        test: Data,
+        confidence: float = 0.95,
+        *,
+        sample: int | None = None,
+        deterministic: bool | None = None,
+        seed: int = 0,
+    ) -> Certificate:
+        """How far the scores of these tests are from the exact ones of the same curvature and damping.
+
+        See `refluence.certificates.certify`.
+        """
+        from refluence.certificates import certify
+
+        return certify(self, test, confidence, sample=sample, deterministic=deterministic, seed=seed)
+
+    def _targets(self) -> dict[str, float]:
+        """Block → the damping whose exact scores these scores estimate, l2 not included."""
+        dampings, shifts = self._dampings(), self.shifts
+        found = self._fitted().state.targets(shifts)
+        # The damping itself, not (λ + l2) − l2, where it is what they estimate.
+        return {b: dampings[b] if found[b] == shifts[b] else found[b] - self.task.l2 for b in dampings}
 
     def _test_rows(self, test: Data) -> GradientRows:
         fit = self._fitted()
@@ -492,6 +536,18 @@ def choice_record(damping: DampingChoice) -> Any:
     if isinstance(damping, Mapping):
         return {block: choice_record(value) for block, value in damping.items()}
     return damping if isinstance(damping, (float, str)) else {type(damping).__name__: asdict(damping)}
+
+
+def common(by_block: Mapping[str, float]) -> float | dict[str, float]:
+    """One number where all blocks have the same."""
+    return next(iter(by_block.values())) if len(set(by_block.values())) == 1 else dict(by_block)
+
+
+def _combined(parts: Iterable[tuple[str, Float[Tensor, "k n"]]], independent: bool) -> Float[Tensor, "k n"]:
+    """Standard errors of a sum over blocks: variances add where they are independent, else the errors may."""
+    if not independent:
+        return _total(parts)
+    return _total((block, part.square_()) for block, part in parts).sqrt_()
 
 
 def _total(parts: Iterable[tuple[str, Float[Tensor, "k n"]]]) -> Float[Tensor, "k n"]:

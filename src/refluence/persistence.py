@@ -28,6 +28,7 @@ from torch import Tensor
 
 from refluence import fitting
 from refluence._version import __version__
+from refluence.accuracy import Accuracy
 from refluence.batches import Batches, tree_map
 from refluence.columns import checked_weights
 from refluence.curvature import OuterCurvature
@@ -106,6 +107,7 @@ def load(path: Path, task: Task) -> Influence:
         progress=record["progress"],
         seed=record["seed"],
         samples=record["samples"],
+        accuracy=None if record.get("accuracy") is None else Accuracy(**record["accuracy"]),
     )
     settings = dataclasses.replace(
         influence.settings, solver=from_record(record["solver"]), batch_size=record["batch_size"]
@@ -152,6 +154,7 @@ def _record(influence: Influence) -> dict[str, Any]:
         "solver": to_record(fit.plan.chosen.solver),
         "solver_asked": to_record(settings.solver),
         "reason": fit.plan.reason,
+        "accuracy": None if settings.accuracy is None else dataclasses.asdict(settings.accuracy),
         "damping_choice": to_record(influence._damping_choice),
         "damping": influence._dampings(),
         "blocks": {block: list(names) for block, names in influence.groups.items()},
