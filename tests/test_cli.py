@@ -12,14 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import refluence as rf
-from refluence.cli import app
 from refluence.cli.method import parse_damping
 from refluence.cli.rows import parse_rows, select_rows
 from refluence.solvers import preconditioners
 from refluence.zoo import load_benchmark
+from support.cli import run
 
 RESULTS = {"scores.zarr", "top.parquet", "manifest.json", "report.html"}
 
@@ -29,17 +28,8 @@ def cache(tmp_path_factory):
     """One cache for all tests here, so that a model is trained once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REFLUENCE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("COLUMNS", "200")
         patch.delenv("REFLUENCE_DATA", raising=False)
         yield
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    unexpected = None if isinstance(result.exception, SystemExit) else result.exception
-    assert unexpected is None, result.output
-    assert result.exit_code == code, result.output
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +131,7 @@ def test_the_misclassified_rows(tmp_path):
         ["--sketch", "gaussian", "--sketch-size", 256, "--damping", "relative:0.5"],
         ["--solver", "sketched", "--sketch", "rademacher", "--sketch-size", 256, "--damping", "dim:20"],
         ["--sketch-size", 512],
+        ["--sketch", "kronecker", "--sketch-size", 256, "--repeats", 2, "--damping", "dim:20"],
         ["--dtype", "float64", "--batch-size", 100, "--device", "cpu", "--memory", "2GB"],
         ["--curvature", "mc_fisher", "--samples", 3, "--n-train", 200],
     ],
@@ -178,6 +169,11 @@ CHOICES = [
     (["kfac", "--sharing", "reduce"], rf.solvers.Kfac(sharing="reduce")),
     (["ekfac"], rf.solvers.Ekfac()),
     (["sketched", "--sketch", "gaussian", "--sketch-size", 64], rf.solvers.Sketched(rf.sketches.Gaussian(64, seed=4))),
+    (
+        ["sketched", "--sketch", "tensor", "--sketch-size", 64, "--repeats", 3],
+        rf.solvers.Sketched(rf.sketches.TensorSketch(64, seed=4), replicates=3),
+    ),
+    (["sketched", "--sketch", "kronecker"], rf.solvers.Sketched(rf.sketches.Kronecker(64, 64, seed=4))),
     (["auto"], "auto"),
 ]
 
@@ -297,6 +293,7 @@ def test_a_fit_on_other_rows_is_refused(tmp_path):
         (["--dataset", "digits", "--rank", "3"], "--rank: is for the arnoldi or nystroem or cg solver, not for auto"),
         (["--dataset", "digits", "--solver", "lissa", "--scale", "-1"], "--scale: the scale of Lissa must be > 0"),
         (["--dataset", "digits", "--solver", "cg", "--rtol", "2"], "--rtol: ConjugateGradient(rtol=2.0"),
+        (["--dataset", "digits", "--sketch", "kronecker", "--sketch-size", "60"], "a square, such as 49 or 64, not 60"),
         (["--dataset", "digits", "--samples", "3"], "--samples: is for --curvature mc_fisher, not for fisher"),
         (["--dataset", "digits", "--curvature", "gauss"], "ggn"),
         (["--dataset", "digits", "--fit", "kept", "--solver", "gram"], "--solver: is decided by the fit of --fit"),
@@ -549,3 +546,20 @@ def test_scores_of_the_folder_are_those_of_the_top_table(attributed):
     position = {row: i for i, row in enumerate(scores.test_ids.tolist())}
     values = scores.values.numpy()[[position[test] for test in top["test"]], top["train"].to_numpy()]
     np.testing.assert_allclose(values, top["score"])
+
+
+def test_a_sketched_run_writes_its_errors_everywhere(tmp_path):
+    out = tmp_path / "results"
+    options = ["--solver", "sketched", "--sketch", "sjlt", "--sketch-size", 512, "--test-rows", "0:3", "--top", 4]
+    run("attribute", "--dataset", "digits", "--model", "mlp", "--out", out, "--seed", 0, *options)
+    scores = rf.Scores.load(out / "scores.zarr")
+    assert scores.error is not None
+    assert scores.target_damping == scores.manifest["damping"]
+    top = pd.read_parquet(out / "top.parquet")
+    helpful = top[top["direction"] == "helpful"].drop(columns=["direction", "probability_in_bottom"])
+    pd.testing.assert_frame_equal(helpful, scores.top(4), check_index_type=False)
+    harmful = top[top["direction"] == "harmful"].reset_index(drop=True)
+    assert harmful["probability_in_bottom"].tolist() == scores.bottom(4)["probability_in_bottom"].tolist()
+    page = (out / "report.html").read_text()
+    assert "the error of the random projection alone" in page
+    assert "top 4: " in page

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from refluence._version import __version__
 from refluence.cli import options as o
+from refluence.cli import projection_theory, projection_utility  # noqa: F401  (they add commands to `study`)
 from refluence.cli.data import app as data_app
 from refluence.cli.root import Command, Root, examples
 from refluence.cli.study import app as study_app
@@ -62,6 +63,10 @@ def main(
         ("refluence attribute --task package.module:function --out results", "your model and data"),
         ("refluence attribute --dataset mnist --out results --curvature ggn --solver cg", "Gauss-Newton"),
         ("refluence attribute --dataset mnist --out results --solver sketched --sketch-size 4096", "by a sketch"),
+        (
+            "refluence attribute --dataset mnist --out results --accuracy 0.1 --certify",
+            "as accurate as asked, and checked",
+        ),
         ("refluence attribute --dataset mnist --out results --save-fit mnist-fit", "keep the fit"),
         ("refluence attribute --dataset mnist --out more --fit mnist-fit --test-rows 12:24", "and use it again"),
         ("refluence attribute --dataset digits --out results --damping dim:90", "λ by effective dimension"),
@@ -97,6 +102,7 @@ def attribute(
     tolerance: o.Tolerance = None,
     sharing: o.Sharing = None,
     damping: o.Damping = "auto",
+    accuracy: o.Accuracy = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
     batch_size: o.BatchSize = None,
@@ -106,6 +112,7 @@ def attribute(
     out: o.Out,
     save_fit: o.SaveFit = None,
     verify: o.Verify = 0,
+    certify: o.Certify = False,
     top: o.Top = 8,
     no_report: o.NoReport = False,
     quiet: o.Quiet = False,
@@ -122,7 +129,9 @@ def attribute(
     folder = OutputFolder(out)
     folder.check()
     source = Source(dataset, model, task, seed, label_noise, l2, n_train, n_test, retrain, epochs)
-    method = Method(curvature, samples, _solver(ctx), damping, device, dtype, batch_size, memory, seed, not quiet)
+    method = Method(
+        curvature, samples, _solver(ctx), damping, device, dtype, batch_size, memory, seed, not quiet, accuracy
+    )
     source.check()
     method.check()
     if verify == 1:
@@ -144,6 +153,8 @@ def attribute(
             done = explanation.explain_again(problem, fit, chosen, other)
         if verify:
             done = explanation.verified(done, verify, seed=seed, progress=not quiet)
+        if certify:
+            done = explanation.certified(done)
         explanation.write(done, folder, command="attribute", options=given(ctx), top=top, report=not no_report)
     if not quiet:
         console = Console()
@@ -185,6 +196,7 @@ def plan(
     tolerance: o.Tolerance = None,
     sharing: o.Sharing = None,
     damping: o.Damping = "auto",
+    accuracy: o.Accuracy = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
     batch_size: o.BatchSize = None,
@@ -198,7 +210,9 @@ def plan(
     from refluence.cli.problem import Source
 
     source = Source(dataset, model, task, seed, l2=l2, n_train=n_train, n_test=n_test)
-    method = Method(curvature, samples, _solver(ctx), damping, device, dtype, batch_size, memory, seed)
+    method = Method(
+        curvature, samples, _solver(ctx), damping, device, dtype, batch_size, memory, seed, accuracy=accuracy
+    )
     source.check()
     method.check()
     problem = source.load_untrained()
@@ -350,7 +364,7 @@ def _refuse_beside_a_fit(ctx: typer.Context) -> None:
     """An error for an option that a saved fit has decided; the damping may be another."""
     from refluence.cli.solver import TAKEN_BY, flag
 
-    decided = ("curvature", "samples", "solver", *TAKEN_BY, "device", "dtype", "batch_size", "memory", "save_fit")
-    for name in decided:
+    decided = ("curvature", "samples", "solver", *TAKEN_BY, "accuracy", "device", "dtype", "batch_size", "memory")
+    for name in (*decided, "save_fit"):
         if _by_hand(ctx, name):
             raise typer.BadParameter("is decided by the fit of --fit: leave it out", param_hint=flag(name))

@@ -43,6 +43,7 @@ class Explanation:
     scores: rf.Scores
     seconds: dict[str, float] = field(default_factory=dict)
     verification: Verification | None = None
+    certificate: rf.Certificate | None = None
 
 
 @contextmanager
@@ -93,6 +94,16 @@ def verified(explanation: Explanation, count: int, *, seed: int, progress: bool)
     return dataclasses.replace(explanation, seconds=seconds, verification=found)
 
 
+def certified(explanation: Explanation) -> Explanation:
+    """The same with the error of the scores measured against exact ones."""
+    seconds = dict(explanation.seconds)
+    test = select_rows(explanation.problem.test, explanation.rows)
+    with timed(seconds, "certify"):
+        found = explanation.influence.certify(test)
+    frame = found.frame.assign(test=explanation.rows)
+    return dataclasses.replace(explanation, seconds=seconds, certificate=dataclasses.replace(found, frame=frame))
+
+
 def _scored(problem: Problem, influence: rf.Influence, rows: list[int], seconds: dict[str, float]) -> Explanation:
     """The scores; their ids are rows of the whole test set."""
     with timed(seconds, "score"):
@@ -116,6 +127,8 @@ def write(
     with timed(seconds, "save"):
         scores.save(folder.scores)
         top_frame(scores, top).to_parquet(folder.top, index=False)
+        if explanation.certificate is not None:
+            explanation.certificate.frame.to_parquet(folder.certificate, index=False)
     if report:
         from refluence.report import write_report
 
@@ -131,7 +144,7 @@ def write(
                 title=f"Influence report: {problem.title}",
                 suspicious=SUSPICIOUS,
                 verification=explanation.verification,
-                notes=([problem.benchmark.description] if problem.benchmark else []) + list(notes),
+                notes=_notes(explanation, notes),
             )
     folder.finish(
         {
@@ -144,10 +157,18 @@ def write(
             "plan": explanation.influence.plan.summary().splitlines(),
             "diagnostics": explanation.influence.diagnostics,
             "verification": _verification(explanation.verification),
+            "certificate": None if explanation.certificate is None else explanation.certificate.manifest(),
             **(extra or {}),
             "timings_seconds": seconds,
         }
     )
+
+
+def _notes(explanation: Explanation, notes: Sequence[str]) -> list[str]:
+    """What the page says below the facts."""
+    benchmark, certificate = explanation.problem.benchmark, explanation.certificate
+    described = [] if benchmark is None else [benchmark.description]
+    return [*described, *notes, *([] if certificate is None else [f"Certificate. {certificate.summary()}"])]
 
 
 def _verification(found: Verification | None) -> dict[str, Any] | None:

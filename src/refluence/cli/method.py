@@ -9,6 +9,7 @@ import torch
 import typer
 
 import refluence as rf
+from refluence.accuracy import check_accuracy
 from refluence.cli.options import CurvatureName, DtypeName
 from refluence.cli.solver import SolverChoice
 from refluence.errors import RefluenceError
@@ -30,10 +31,11 @@ class Method:
     memory: str | None = None
     seed: int = 0
     progress: bool = True
+    accuracy: float | None = None
 
     def check(self) -> None:
         """Raise typer.BadParameter, or a RefluenceError, for options that cannot be read or do not go together."""
-        self.solver.build(self.seed)
+        check_accuracy(self._accuracy(), self.solver.build(self.seed), self.curvature.value)
         if self.samples is not None and self.curvature is not CurvatureName.MC_FISHER:
             raise typer.BadParameter(
                 f"is for --curvature mc_fisher, not for {self.curvature.value}", param_hint="--samples"
@@ -60,7 +62,16 @@ class Method:
             seed=self.seed,
             execution=None if self.memory is None else rf.Execution(memory=self.memory),
             samples=self.samples or DEFAULT_SAMPLES,
+            accuracy=self._accuracy(),
         )
+
+    def _accuracy(self) -> rf.Accuracy | None:
+        if self.accuracy is None:
+            return None
+        try:
+            return rf.Accuracy(self.accuracy)
+        except RefluenceError as error:
+            raise typer.BadParameter(str(error), param_hint="--accuracy") from error
 
     def _device(self) -> torch.device | None:
         if self.device is None:

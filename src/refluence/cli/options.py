@@ -66,6 +66,8 @@ class SketchName(StrEnum):
     SJLT = "sjlt"
     GAUSSIAN = "gaussian"
     RADEMACHER = "rademacher"
+    TENSOR = "tensor"
+    KRONECKER = "kronecker"
 
 
 class DtypeName(StrEnum):
@@ -178,7 +180,13 @@ Sketch = Annotated[
 ]
 SketchSize = Annotated[
     int | None,
-    typer.Option("--sketch-size", metavar="M", help="Its size; default 4096.", min=1, rich_help_panel=_SET),
+    typer.Option(
+        "--sketch-size",
+        metavar="M",
+        help="Its size; default 4096. Of kronecker a square: 4096 is 64 for each factor.",
+        min=1,
+        rich_help_panel=_SET,
+    ),
 ]
 Rank = Annotated[
     int | None,
@@ -210,7 +218,12 @@ Scale = Annotated[
 ]
 Repeats = Annotated[
     int | None,
-    typer.Option("--repeats", metavar="N", help="Recursions of lissa that are averaged.", rich_help_panel=_SET),
+    typer.Option(
+        "--repeats",
+        metavar="N",
+        help="Recursions of lissa, or independent sketches, that are averaged.",
+        rich_help_panel=_SET,
+    ),
 ]
 StepRows = Annotated[
     int | None,
@@ -241,6 +254,16 @@ Damping = Annotated[
         rich_help_panel=_HOW,
     ),
 ]
+Accuracy = Annotated[
+    float | None,
+    typer.Option(
+        "--accuracy",
+        metavar="ε",
+        help="Let the sketch grow until 95 % intervals are within ±ε of the largest that a score can be; auto may take "
+        "an exact solver.",
+        rich_help_panel=_HOW,
+    ),
+]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; default: the model's.", rich_help_panel=_HOW)
 ]
@@ -267,6 +290,15 @@ Verify = Annotated[
         metavar="M",
         help="Really remove M train rows, refit, and set the measured changes against the predictions.",
         min=0,
+        rich_help_panel=_SHOW,
+    ),
+]
+
+Certify = Annotated[
+    bool,
+    typer.Option(
+        "--certify",
+        help="Measure the error of the scores against exact ones, and bound it where it can be bounded.",
         rich_help_panel=_SHOW,
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -24,7 +25,7 @@ TAKEN_BY: dict[str, tuple[SolverName, ...]] = {
     "preconditioner": (SolverName.CG,),
     "depth": (SolverName.LISSA,),
     "scale": (SolverName.LISSA,),
-    "repeats": (SolverName.LISSA,),
+    "repeats": (SolverName.LISSA, SolverName.SKETCHED),
     "step_rows": (SolverName.LISSA,),
     "tolerance": (SolverName.LISSA, SolverName.ARNOLDI),
     "sharing": (SolverName.KFAC, SolverName.EKFAC),
@@ -103,7 +104,7 @@ class SolverChoice:
             SolverName.HARMONIC_MEAN: lambda: solvers.HarmonicMean(),
             SolverName.KFAC: lambda: solvers.Kfac(**self._sharing()),
             SolverName.EKFAC: lambda: solvers.Ekfac(**self._sharing()),
-            SolverName.SKETCHED: lambda: solvers.Sketched(self._sketch(seed)),
+            SolverName.SKETCHED: lambda: solvers.Sketched(self._sketch(seed), replicates=self.repeats or 1),
         }
         return makers[wanted]()
 
@@ -118,8 +119,18 @@ class SolverChoice:
             SketchName.SJLT: rf.sketches.SJLT,
             SketchName.GAUSSIAN: rf.sketches.Gaussian,
             SketchName.RADEMACHER: rf.sketches.Rademacher,
+            SketchName.TENSOR: rf.sketches.TensorSketch,
         }
-        return kinds[self.sketch or SketchName.SJLT](self.sketch_size or DEFAULT_SKETCH_SIZE, seed=seed)
+        size = self.sketch_size or DEFAULT_SKETCH_SIZE
+        if self.sketch is SketchName.KRONECKER:
+            side = math.isqrt(size)
+            if side**2 != size:
+                raise typer.BadParameter(
+                    f"of a kronecker sketch is a square, such as {side**2} or {(side + 1) ** 2}, not {size}",
+                    param_hint="--sketch-size",
+                )
+            return rf.sketches.Kronecker(side, side, seed=seed)
+        return kinds[self.sketch or SketchName.SJLT](size, seed=seed)
 
     def _preconditioner(self, seed: int) -> Any:
         match self.preconditioner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from refluence.cli import options as o
 from refluence.cli.root import Command, Group, examples
 
 if TYPE_CHECKING:
-    from refluence.studies.leave_one_out import Options
+    from refluence.studies.leave_one_out import ConvolutionalOptions, Options
 
 
 class StudyCommand(Command):
@@ -49,6 +50,7 @@ class SettingName(StrEnum):
     PAPER = "paper"
     REDUCED = "reduced"
     DIGITS = "digits"
+    CNN = "cnn"
 
 
 class DatasetName(StrEnum):
@@ -68,6 +70,7 @@ _WHAT = "What to repeat"
         ("refluence study leave-one-out --out loo --test-mode", "on the digits, in a minute, without a download"),
         ("refluence study leave-one-out --out loo", "the paper's setting: 55,000 images of MNIST, 500 refits"),
         ("refluence study leave-one-out --out loo --setting reduced --subsets 5", "20,000 images, five times"),
+        ("refluence study leave-one-out --out loo --setting cnn", "the paper's convolutional network"),
     ),
 )
 def leave_one_out(
@@ -76,7 +79,7 @@ def leave_one_out(
         SettingName | None,
         typer.Option(
             "--setting",
-            help="paper (the default), reduced (20,000 random images, weaker l2) or digits.",
+            help="paper (the default), reduced (20,000 images, weaker l2), digits, or cnn (the paper's network).",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -111,12 +114,35 @@ def leave_one_out(
     debug: o.Debug = False,
 ) -> None:
     """Predicted against actual leave-one-out changes (Koh & Liang 2017, Figure 2)."""
-    from refluence.studies.leave_one_out import run
+    from refluence.studies.leave_one_out import run, run_convolutional
 
-    options = _options(setting, dataset, test_mode, top, subsets, seed)
-    summary = run(options, out, progress=not quiet)
+    if setting is SettingName.CNN:
+        summary = run_convolutional(_convolutional(dataset, test_mode, top, subsets, seed), out, progress=not quiet)
+    else:
+        summary = run(_options(setting, dataset, test_mode, top, subsets, seed), out, progress=not quiet)
     if not quiet:
         _print(Console(), summary, out)
+
+
+def _convolutional(
+    dataset: DatasetName | None, test_mode: bool, top: int | None, subsets: int, seed: int
+) -> ConvolutionalOptions:
+    """The network's panel.
+
+    Raises:
+        typer.BadParameter: an option that it does not have.
+    """
+    from refluence.studies.leave_one_out import ConvolutionalOptions
+
+    if test_mode or dataset is DatasetName.DIGITS:
+        given = "--test-mode" if test_mode else "--dataset"
+        raise typer.BadParameter("is for the digits, and the setting cnn is on mnist: leave one out", param_hint=given)
+    if subsets > 1:
+        raise typer.BadParameter("the setting cnn has one subset; use --seed for another", param_hint="--subsets")
+    options = ConvolutionalOptions(seed=seed)
+    if top is not None and top > options.n:
+        raise typer.BadParameter(f"{top} of {options.n} train rows cannot be removed", param_hint="--top")
+    return options if top is None else replace(options, top=top)
 
 
 def _options(

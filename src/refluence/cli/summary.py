@@ -50,6 +50,7 @@ def print_files(console: Console, folder: OutputFolder) -> None:
     for path, meaning in (
         (folder.scores, "all scores, for rf.Scores.load"),
         (folder.top, "the most helpful and harmful train rows"),
+        (folder.certificate, "what is known of the error of the scores"),
         (folder.summary, "every number under a flat key"),
         (folder.results, "the same as a tidy table"),
         (folder.figures, "the pictures"),
@@ -83,6 +84,8 @@ def _facts(explanation: Explanation) -> Table:
         else f"{explanation.verification.verdict}: {explanation.verification.sentence}",
         "time": ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in explanation.seconds.items()),
     }
+    if explanation.certificate is not None:
+        lines["certificate"] = explanation.certificate.summary()
     for name, value in lines.items():
         table.add_row(name, escape(value))
     return table

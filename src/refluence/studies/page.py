@@ -42,6 +42,8 @@ class StudyPage:
     Args:
         findings: (title, paragraph) each.
         table: its index names the rows; numbers are shown as they are given, as text.
+        findings_title: above the findings.
+        row_name: above the names of the rows.
     """
 
     title: str
@@ -52,6 +54,8 @@ class StudyPage:
     table: pd.DataFrame
     table_caption: str
     source: str
+    findings_title: str = "What each method got"
+    row_name: str = "Method"
 
 
 def render(page: StudyPage) -> str:
