@@ -146,6 +146,25 @@ def test_every_option_runs(tmp_path, options):
     assert values.abs().max() > 0
 
 
+def test_as_accurate_as_asked_and_certified(tmp_path):
+    out = tmp_path / "results"
+    options = ["--sketch", "sjlt", "--sketch-size", 128, "--accuracy", "0.2", "--certify", "--test-rows", "3:7"]
+    result = run("attribute", "--dataset", "digits", "--out", out, *options)
+    frame = pd.read_parquet(out / "certificate.parquet")
+    assert frame["test"].tolist() == [3, 4, 5, 6]
+    assert frame["checked"].all()
+    manifest = json.loads((out / "manifest.json").read_text())
+    certificate = manifest["certificate"]
+    assert certificate["reference"] == "Gram"
+    assert certificate["largest_error"] == pytest.approx(frame["error"].max())
+    assert int(manifest["influence"]["solver"].split("m=")[1].split(",")[0]) > 128
+    assert "certificate.parquet" in manifest["files"]
+    assert "Certificate." in (out / "report.html").read_text()
+    assert "it certifies how well the solver" in " ".join(result.output.lower().split())
+    run("attribute", "--dataset", "digits", "--out", out, "--test-rows", "3", "--no-report", "--quiet")
+    assert not (out / "certificate.parquet").exists()
+
+
 CHOICES = [
     (["gram"], rf.solvers.Gram()),
     (["dense"], rf.solvers.Dense()),
@@ -295,6 +314,8 @@ def test_a_fit_on_other_rows_is_refused(tmp_path):
         (["--dataset", "digits", "--solver", "cg", "--rtol", "2"], "--rtol: ConjugateGradient(rtol=2.0"),
         (["--dataset", "digits", "--sketch", "kronecker", "--sketch-size", "60"], "a square, such as 49 or 64, not 60"),
         (["--dataset", "digits", "--samples", "3"], "--samples: is for --curvature mc_fisher, not for fisher"),
+        (["--dataset", "digits", "--accuracy", "2"], "--accuracy: epsilon of Accuracy must lie between 0 and 1"),
+        (["--dataset", "digits", "--fit", "kept", "--accuracy", "0.1"], "--accuracy: is decided by the fit of --fit"),
         (["--dataset", "digits", "--curvature", "gauss"], "ggn"),
         (["--dataset", "digits", "--fit", "kept", "--solver", "gram"], "--solver: is decided by the fit of --fit"),
         (["--dataset", "digits", "--fit", "kept", "--save-fit", "x"], "--save-fit: is decided by the fit of --fit"),

@@ -59,13 +59,13 @@ class SampledCheck:
         if not (0 < share < 1 and 0 < confidence < 1):
             raise DataError(f"share and confidence must lie between 0 and 1, not {share!r} and {confidence!r}")
         size = len(self.errors)
-        for rank in range(1, size + 1):
-            if stats.binom.sf(rank - 1, size, share) <= 1 - confidence:
-                return float(self.errors.sort().values[rank - 1])
-        needed = int(np.ceil(np.log(1 - confidence) / np.log(share)))
+        # P[Binomial(s, share) ≥ r] for r = 1 … s falls with r.
+        enough = np.flatnonzero(stats.binom.sf(np.arange(size), size, share) <= 1 - confidence)
+        if enough.size:
+            return float(self.errors.sort().values[enough[0]])
         raise DataError(
             f"{size} sampled tests cannot bound the error of {share:.0%} of tests with confidence {confidence:g}: "
-            f"sample {needed}, or ask for a smaller share"
+            f"sample {needed_sample(share, confidence)}, or ask for a smaller share"
         )
 
     @property
