@@ -1,4 +1,4 @@
-"""`refluence study barrier`, `leakage` and `factorized-edim`."""
+"""`refluence study barrier`, `leakage`, `certificate` and `factorized-edim`."""
 
 from __future__ import annotations
 
@@ -144,6 +144,62 @@ def leakage(
                 f"{summary['factorised_ratio_largest']:.3f}. "
             )
         _tell(summary, columns, f"{more}{summary['cpu_seconds']:.0f} s of CPU. Open {folder / 'report.html'}")
+
+
+@app.command(
+    "certificate",
+    cls=StudyCommand,
+    epilog=examples(
+        ("refluence study certificate --dataset digits --num_trials 50 --out certificate", "a quick one"),
+        ("refluence study certificate --model lr --proj_type sjlt", "sparse sketches, softmax regression on MNIST"),
+    ),
+)
+def certificate(
+    dataset: p.Dataset = "mnist",
+    model: p.Model = "mlp",
+    num_test_grads: p.NumTestGrads = 200,
+    dimension: Annotated[float, p.option("dimension", "d_κ of the damping.", "The grid", min=1.0)] = 60.0,
+    ratios: Annotated[str, p.option("ratios", "Sketch sizes over d_κ, by commas.", "The grid")] = "1.5,2,4,8",
+    n_train: p.NTrain = 600,
+    n_test: p.NTest = None,
+    epochs: p.Epochs = None,
+    model_seed: p.ModelSeed = 0,
+    dtype: p.Dtype = o.DtypeName.FLOAT64,
+    rank_cut: p.RankCut = 1e-10,
+    proj_type: p.ProjType = p.ProjectionName.NORMAL,
+    gram_space: p.GramSpace = True,
+    num_trials: p.NumTrials = 200,
+    seed: p.Seed = 42,
+    offload: p.Offload = p.OffloadName.CPU,
+    cache_dir: p.CacheDir = None,
+    batch_size: p.BatchSize = 256,
+    device: p.Device = None,
+    out: p.Out = None,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Coverage of standard errors, certain bounds and order statistics over many sketches."""
+    from refluence.studies.projection.certificate import CertificateStudy, run
+
+    try:
+        sizes = tuple(float(part) for part in ratios.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"{ratios!r} is no list such as 1.5,2,4,8", param_hint="--ratios") from error
+    sketching = p.sketching_options(proj_type, num_trials, seed, gram_space, offload)
+    folder = p.place(out, "certificate", dataset, model, proj_type.value)
+    options = CertificateStudy(_problem(locals()), sketching, dimension, sizes)
+    summary = run(options, folder, cache_dir=cache_dir, progress=not quiet)
+    if not quiet:
+        columns = {
+            "m": "m", "m_over_d": "m/d_κ", "covered": "95 % intervals hold", "spread": "error ÷ its error",
+            "error": "error ÷ scores", "factor": "factor", "bound": "certain ÷ scores", "held": "order statistic holds",
+        }  # fmt: skip
+        _tell(
+            summary,
+            columns,
+            f"{summary['violations']} of {summary['pairs']:,} pairs outside a certain bound. "
+            f"{summary['cpu_seconds']:.0f} s of CPU. Open {folder / 'report.html'}",
+        )
 
 
 @app.command(
