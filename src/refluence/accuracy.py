@@ -27,39 +27,49 @@ from refluence.solvers.cost import Workload
 from refluence.solvers.sketch_errors import has_error_formula
 from refluence.solvers.sketched_state import SketchedState
 from refluence.solvers.state import Shifts, State
+from refluence.solvers.systems import sum_over
 
 SMALLEST = 256
+TINY = torch.finfo(torch.float64).tiny
 PROBED = 128
 ROOM = 1.15
 """Rows more than the error of the present sketch says are needed, which is itself an estimate."""
 TOO_SMALL = 1.5
 """Taken for the error over ε where the sketch cannot have the damping at all: m then grows by TOO_SMALL² at least."""
+LARGEST_STEP = 16.0
+"""By which a sketch grows at once at most: an error that is larger than the scores is itself a poor estimate."""
 ROUNDS = 12
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How accurate scores are to be: intervals at `confidence` no wider than ±ε√(τ(v,v)·τ(g,g)).
+    """How accurate scores are to be: a share `confidence` of the tests, or of the pairs, has an error of at most ε.
 
-    √(τ(v,v)·τ(g,g)) is the largest that |τ(v,g)| can be, so that ε is the error of a correlation. It is asked of a
-    share `confidence` of the pairs.
+    Relative to the "scores", the error of a test is √mean_j se_ij² / √mean_j τ_ij², the root mean square of its scores'
+    standard errors over that of its scores. Relative to the "largest", that of a pair is the half-width of its interval
+    over √(τ(v,v)·τ(g,g)), the largest that |τ(v,g)| can be: the error of a correlation. Most scores are far below that,
+    so it asks for much less.
 
     Args:
         epsilon: ε, in (0, 1).
-        confidence: of the intervals, and the share of pairs, in (0, 1).
+        confidence: in (0, 1): the share of tests or pairs, and of the intervals.
+        relative_to: "scores" or "largest".
 
     Raises:
-        RefluenceError: a number out of its range.
+        RefluenceError: a number out of its range, or another word.
     """
 
     epsilon: float
     confidence: float = 0.95
+    relative_to: str = "scores"
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "confidence"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1:
                 raise RefluenceError(f"{name} of Accuracy must lie between 0 and 1, not {value!r}")
+        if self.relative_to not in ("scores", "largest"):
+            raise RefluenceError(f'relative_to of Accuracy must be "scores" or "largest", not {self.relative_to!r}')
 
     @property
     def z(self) -> float:
@@ -130,7 +140,8 @@ def grown(
         if width <= accuracy.epsilon:
             return state, replace(plan, reason=f"{_asked(accuracy)}, of which {width:.2g} is reached")
         solver: Any = plan.chosen.solver
-        size = _rounded(state.sketch.m * ROOM * (width / accuracy.epsilon) ** 2, solver.sketch)
+        more = min(ROOM * (width / accuracy.epsilon) ** 2, LARGEST_STEP)
+        size = _rounded(state.sketch.m * more, solver.sketch)
         larger = estimate(replace(solver, sketch=replace(solver.sketch, m=size)), plan.workload, plan.budget)
         plan = _cheapest(plan, larger, curvature if may_be_exact else None, _asked(accuracy))
         state = plan.chosen.solver.prepare(state.curvature)
@@ -138,19 +149,21 @@ def grown(
 
 
 def reached(state: SketchedState, tests: GradientRows, shifts: Shifts, accuracy: Accuracy) -> float:
-    """The ε that a share `confidence` of the pairs has: a quantile of z·(standard error)/√(τ_ii τ_jj)."""
-    variance: Tensor | None = None
+    """The ε that a share `confidence` of the tests or pairs has, by the sketch's own standard errors."""
     deviations = state.deviations(tests, shifts)
     assert deviations is not None
-    for _, part in deviations:
-        variance = part.square() if variance is None else variance + part.square()
-    assert variance is not None
-    scale = largest_scores(state, tests, shifts)
-    known = scale > 0
-    if not bool(known.any()):
-        return 0.0
-    ratios = (accuracy.z * variance[known].sqrt() / scale[known]).cpu().numpy()
-    return float(np.quantile(ratios, accuracy.confidence))
+    variance = sum_over(part.square() for _, part in deviations)
+    if accuracy.relative_to == "scores":
+        values = sum_over(part for _, part in state.scores(tests, shifts))
+        noise = variance.mean(dim=1)
+        # What is seen of the scores has the errors in it.
+        size = torch.maximum(values.double().square().mean(dim=1) - noise, noise / LARGEST_STEP)
+        ratios = (noise / size.clamp(min=TINY)).sqrt()[noise > 0]
+    else:
+        scale = largest_scores(state, tests, shifts)
+        known = scale > 0
+        ratios = accuracy.z * variance[known].sqrt() / scale[known]
+    return float(np.quantile(ratios.cpu().numpy(), accuracy.confidence)) if ratios.numel() else 0.0
 
 
 def largest_scores(state: SketchedState, tests: GradientRows, shifts: Shifts) -> Float64[Tensor, "k n"]:
@@ -193,7 +206,8 @@ def _cheapest(plan: Plan, sketched: Any, curvature: str | None, reason: str) -> 
 
 
 def _asked(accuracy: Accuracy) -> str:
-    return f"for an accuracy of {accuracy.epsilon:g} at {accuracy.confidence:.0%}"
+    units = "the scores" if accuracy.relative_to == "scores" else "the largest scores"
+    return f"for an accuracy of {accuracy.epsilon:g} of {units} at {accuracy.confidence:.0%}"
 
 
 def _rounded(size: float, sketch: Any = None) -> int:

@@ -49,8 +49,8 @@ class Influence:
         damping: λ: a number, `rf.RelativeDamping(c)`, `rf.EffectiveDimension(k)`, "auto", the λ with
             d_λ = min(n/16, d/16, 2048), or a dict of these by block.
         blocks: "full", "module", "parameter", or {block name: [parameter names]}; C is block-diagonal over them.
-        accuracy: `rf.Accuracy(0.1)`: with solver "auto" or a sketch, the sketch grows until the intervals of the scores
-            are as narrow, or an exact solver is taken where that is no dearer.
+        accuracy: `rf.Accuracy(0.1)`: with solver "auto" or a sketch, the sketch grows until the scores are as
+            accurate, or an exact solver is taken where that is no dearer.
         device: where to compute; None: where the model is. The user's model is copied, never moved.
         dtype: None: gradients in the model's dtype, curvature and solves in float64; else the whole attribution on a
             copy of the model in that dtype.

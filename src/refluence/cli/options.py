@@ -259,8 +259,8 @@ Accuracy = Annotated[
     typer.Option(
         "--accuracy",
         metavar="ε",
-        help="Let the sketch grow until 95 % intervals are within ±ε of the largest that a score can be; auto may take "
-        "an exact solver.",
+        help="Let the sketch grow until the error of the scores is ε of their size for 95 % of the tests; auto may "
+        "take an exact solver.",
         rich_help_panel=_HOW,
     ),
 ]
