@@ -150,6 +150,19 @@ def test_measured_errors_are_those_against_the_exact_scores(problem, solver):
     assert frame.loc[~frame["checked"], "error"].isna().all()
 
 
+def test_a_sketch_that_grows_as_it_scores_is_certified_as_it_is_then(problem):
+    influence = problem.influence(rf.solvers.Sketched(rf.sketches.Gaussian(48)), accuracy=rf.Accuracy(0.5))
+    before = influence.plan.solver
+    far = problem.test[0] * 6, problem.test[1]
+    certificate = certify(influence, far)
+    assert certificate.solver == influence.plan.solver != before
+    exact = problem.exact.score(far).values
+    torch.testing.assert_close(certificate.sampled.exact, exact[certificate.sampled.rows], rtol=1e-8, atol=1e-10)
+    again = certify(influence, far)
+    assert again.bound.factors == certificate.bound.factors
+    torch.testing.assert_close(again.bound.values, certificate.bound.values)
+
+
 def test_an_exact_solver_needs_no_sample(problem):
     certificate = certify(problem.influence(rf.solvers.Gram()), problem.test)
     assert certificate.exact
@@ -224,7 +237,7 @@ def test_bad_questions(problem):
         certify(influence, problem.test, confidence=95)
     with pytest.raises(DataError, match="sample must be 1 to 9"):
         certify(influence, problem.test, sample=10)
-    with pytest.raises(DataError, match="Kfac is no sketch"):
+    with pytest.raises(DataError, match="Kfac is no single sketch"):
         certify(influence, problem.test, deterministic=True)
     ggn = problem.influence(rf.solvers.Sketched(rf.sketches.SJLT(64)), curvature="ggn")
     with pytest.raises(DataError, match='this is "ggn"'):

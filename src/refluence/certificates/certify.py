@@ -11,21 +11,20 @@ from torch import Tensor
 
 from refluence.batches import Data
 from refluence.certificates.certificate import Certificate, relative_norms
-from refluence.certificates.deterministic import DeterministicBound, deterministic_bound, gram_bytes
-from refluence.certificates.sampled import SampledCheck, needed_sample, sampled_check
+from refluence.certificates.deterministic import DeterministicBound, deterministic_bound
+from refluence.certificates.sampled import Reference, SampledCheck, needed_sample, sampled_check
 from refluence.curvature import OuterCurvature
 from refluence.errors import DataError
 from refluence.scores import Scores
 from refluence.solvers import Identity
+from refluence.solvers.dual import DualState
 from refluence.solvers.sketched_state import SketchedState
 
 if TYPE_CHECKING:
     from refluence.influence import Influence
 
-LARGEST_BOUND = 6_000
-"""Train examples up to which the certain bound is computed unasked: its factorisations grow with their cube."""
 SHARE = 0.95
-SHARE_OF_MEMORY = 0.5
+"""Of tests that the default sample bounds."""
 
 
 def certify(
@@ -62,26 +61,28 @@ def certify(
     """
     if not 0 < confidence < 1:
         raise DataError(f"confidence must lie between 0 and 1, not {confidence!r}")
-    fit, settings = influence._fitted(), influence.settings
-    if isinstance(fit.plan.chosen.solver, Identity):
+    if isinstance(influence._fitted().plan.chosen.solver, Identity):
         raise DataError("the Identity solver has no inverse whose error could be certified: fit with another solver")
-    state, shifts = fit.state, influence.shifts
     tests = influence._test_rows(test)
     size = min(tests.n, needed_sample(SHARE, confidence)) if sample is None else sample
     if not 1 <= size <= tests.n:
         raise DataError(f"sample must be 1 to {tests.n}, the number of tests, not {sample!r}")
-    applies, why = _applies(influence)
+    why = _why_no_bound(influence)
     if deterministic and why:
         raise DataError(f"there is no certain bound: {why}. Leave deterministic out")
+    # With an accuracy asked for, scoring may make the sketch grow: the state is that of after.
     scores = influence.score(test)
+    fit, shifts = influence._fitted(), influence.shifts
+    state = fit.state
     check, bound, notes = None, None, []
     if not state.exact:
-        args = scores.values, scores.error, shifts, size, confidence, seed, settings.execution
-        check = sampled_check(state, tests, *args)
-    if applies is not None and (deterministic or (deterministic is None and not why and _fits(influence))):
-        bound = deterministic_bound(applies, tests, shifts)
-    elif why and not state.exact:
-        notes.append(f"There is no certain bound: {why}.")
+        reference = Reference.of(state.curvature, influence.settings.execution)
+        check = sampled_check(reference, tests, scores, state.targets(shifts), size, confidence, seed)
+        small = isinstance(reference.state, DualState)
+        if isinstance(state, SketchedState) and not why and (small if deterministic is None else deterministic):
+            bound = deterministic_bound(state, tests, shifts, reference.state)
+        elif why:
+            notes.append(f"There is no certain bound: {why}.")
     residual = state.diagnostics.get("residual")
     return Certificate(
         scores,
@@ -96,23 +97,16 @@ def certify(
     )
 
 
-def _applies(influence: Influence) -> tuple[SketchedState | None, str]:
-    """The state that the certain bound is for, or why there is none."""
+def _why_no_bound(influence: Influence) -> str:
+    """Why the certain bound does not apply; empty where it does."""
     fit = influence._fitted()
     if not isinstance(fit.state, SketchedState):
-        return None, f"solver {fit.plan.solver} is no sketch"
+        return f"solver {fit.plan.solver} is no single sketch"
     if not (isinstance(fit.curvature, OuterCurvature) and fit.curvature.own_rows):
-        return None, f'it is for the curvature "fisher", and this is "{influence.curvature}"'
+        return f'it is for the curvature "fisher", and this is "{influence.curvature}"'
     if any(shift <= 0 for shift in influence.shifts.values()):
-        return None, "it is for a damping > 0"
-    return fit.state, ""
-
-
-def _fits(influence: Influence) -> bool:
-    """Whether the Gram matrices of the certain bound are small enough to be made unasked."""
-    budget = influence.settings.execution.budget(influence._fitted().rows.device)
-    size = gram_bytes(influence.n_train, len(influence.groups))
-    return influence.n_train <= LARGEST_BOUND and size <= SHARE_OF_MEMORY * budget
+        return "it is for a damping > 0"
+    return ""
 
 
 def _frame(scores: Scores, check: SampledCheck | None, bound: DeterministicBound | None) -> pd.DataFrame:

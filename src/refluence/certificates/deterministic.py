@@ -11,8 +11,9 @@ from torch import Tensor
 from refluence.curvature import OuterCurvature
 from refluence.gradients.kernels import cross_grams, gram_matrices
 from refluence.gradients.rows import GradientRows
+from refluence.solvers.dual import DualState
 from refluence.solvers.sketched_state import SketchedState
-from refluence.solvers.state import Shifts
+from refluence.solvers.state import Shifts, State
 from refluence.solvers.systems import root_weights, scale_rows, sum_over, weighted_gram
 from refluence.theory.certified import certain_bounds
 
@@ -36,23 +37,24 @@ class DeterministicBound:
     leakage_deviation: Float64[Tensor, " k"]
 
 
-def gram_bytes(n: int, blocks: int) -> float:
-    """Memory of `deterministic_bound`: K, K̃ and their factors."""
-    return 8.0 * n * n * (4 + blocks)
-
-
-def deterministic_bound(state: SketchedState, tests: GradientRows, shifts: Shifts) -> DeterministicBound:
-    """`refluence.theory.certified.score_bounds` of every pair, summed over blocks.
+def deterministic_bound(
+    state: SketchedState, tests: GradientRows, shifts: Shifts, exact: State | None = None
+) -> DeterministicBound:
+    """`refluence.theory.certified.certain_bounds` of every pair, summed over blocks.
 
     Args:
         state: sketched, of the empirical Fisher, so that the rows of the curvature are the train gradients.
         tests: the test gradients.
         shifts: block → l2 + λ, the damping that the scores estimate (where corrected) or that is on the sketch.
+        exact: a state of the same curvature; the Gram matrices are taken from it where it has them.
     """
     curvature = state.curvature
     assert isinstance(curvature, OuterCurvature)
     n, roots = curvature.n, root_weights(curvature.weights)
-    grams = {b: weighted_gram(gram, n, roots) for b, gram in gram_matrices(curvature.features).items()}
+    if isinstance(exact, DualState):
+        grams = {block: system.matrix for block, system in exact.systems.items()}
+    else:
+        grams = {b: weighted_gram(gram, n, roots) for b, gram in gram_matrices(curvature.features).items()}
     across = cross_grams(curvature.features, tests)
     projected_tests = state.projected_tests(tests)
     norms = _squared_norms(tests)

@@ -15,11 +15,15 @@ from refluence.curvature import Curvature, OuterCurvature
 from refluence.errors import DataError
 from refluence.execution import Execution
 from refluence.gradients.rows import GradientRows
+from refluence.scores import Scores
 from refluence.solvers import ConjugateGradient, Dense, Gram, Solver
 from refluence.solvers.state import Shifts, State
+from refluence.solvers.systems import sum_over
 
 REFERENCE_RTOL = 1e-8
 LARGEST_GRAM = 6_000
+"""Train examples up to which exact scores are by the Gram matrix, whose factorisation grows with their cube."""
+SHARE_OF_MEMORY = 0.5
 LARGEST_DENSE = 4_000
 TINY = torch.finfo(torch.float64).tiny
 
@@ -79,22 +83,36 @@ def needed_sample(share: float, confidence: float) -> int:
     return int(np.ceil(np.log(1 - confidence) / np.log(share)))
 
 
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A solver of the same curvature whose scores are exact."""
+
+    name: str
+    state: State
+
+    @classmethod
+    def of(cls, curvature: Curvature, execution: Execution) -> Reference:
+        """The cheapest: a factorisation where it is small, else conjugate gradients to 1e-8."""
+        solver = _reference_solver(curvature, execution)
+        return cls(type(solver).__name__, solver.prepare(curvature))
+
+
 def sampled_check(
-    state: State,
+    reference: Reference,
     tests: GradientRows,
-    values: Float64[Tensor, "k n"],
-    error: Float64[Tensor, "k n"] | None,
-    shifts: Shifts,
+    scores: Scores,
+    targets: Shifts,
     size: int,
     confidence: float,
     seed: int,
-    execution: Execution,
 ) -> SampledCheck:
-    """Solve a random sample of tests exactly, from the gradients that the fit kept, and compare.
+    """Solve a random sample of tests exactly and compare.
 
     Args:
-        values, error: of the approximation, all tests.
-        shifts: the approximation's own; the exact scores are taken at its targets.
+        reference: of the approximation's curvature, so that the gradients are those that the fit kept.
+        tests: all tests.
+        scores: of the approximation, all tests.
+        targets: block → l2 + κ, the damping that the approximation estimates.
         size: sampled tests, at most k.
     """
     generator = np.random.default_rng(seed)
@@ -102,31 +120,29 @@ def sampled_check(
     batches = tests.batches
     chosen = Batches(batches.select(rows.tolist()), batches.batch_size, tests.device, None, "sampled tests")
     sample = GradientRows(tests.capture, chosen, tests.objective, 0, tests.progress)
-    solver = reference_solver(state.curvature, execution)
-    exact_state = solver.prepare(state.curvature)
-    exact = torch.zeros(len(rows), state.n, dtype=torch.float64)
-    for _, part in exact_state.scores(sample, state.targets(shifts)):
-        exact += part.double().cpu()
-    approximate = values[rows].double().cpu()
+    exact = sum_over(part.double().cpu() for _, part in reference.state.scores(sample, targets))
+    approximate, error = scores.values[rows].double(), scores.error
     difference = (approximate - exact).norm(dim=1) / exact.norm(dim=1).clamp(min=TINY)
-    residual = exact_state.diagnostics.get("residual")
+    residual = reference.state.diagnostics.get("residual")
     return SampledCheck(
         rows,
         exact,
         difference,
-        type(solver).__name__,
+        reference.name,
         float(np.max(residual)) if residual is not None else None,
-        None if error is None else float(_inside(approximate, exact, error[rows].cpu(), confidence).double().mean()),
+        None if error is None else float(_inside(approximate, exact, error[rows], confidence).double().mean()),
         confidence,
     )
 
 
-def reference_solver(curvature: Curvature, execution: Execution) -> Solver:
-    """The cheapest solver whose scores are those of the curvature: a factorisation where it is small, else CG."""
+def _reference_solver(curvature: Curvature, execution: Execution) -> Solver:
     budget = execution.budget(curvature.device)
     d, n = max(curvature.dimensions.values()), curvature.n
-    if isinstance(curvature, OuterCurvature) and curvature.own_rows and n <= LARGEST_GRAM and 16.0 * n * n < budget / 4:
-        return Gram()
+    if isinstance(curvature, OuterCurvature) and curvature.own_rows:
+        # The Gram matrices, a factor of one, and what the certain bound makes of it.
+        grams = 8.0 * n * n * (4 + len(curvature.groups))
+        if n <= LARGEST_GRAM and grams <= SHARE_OF_MEMORY * budget:
+            return Gram()
     if d <= LARGEST_DENSE:
         return Dense()
     return ConjugateGradient(rtol=REFERENCE_RTOL)

@@ -2,7 +2,8 @@
 
 With g = C^{1/2}u and C̃ = C^{1/2}PᵀPC^{1/2} the error of a sketch is τ̃ − τ = uᵀEu', E = λ[(C+λ)⁻¹ − (C̃+λ)⁻¹]
 = λ(C+λ)^{-1/2}[I − (I+Δ)⁻¹](C+λ)^{-1/2}, where Δ = (C+λ)^{-1/2}(C̃−C)(C+λ)^{-1/2} is the *distortion*. Because
-λuᵀ(C+λ)⁻¹u = τ_0(g,g) − τ_λ(g,g), the *gap*, the eigenvalues δ of Δ bound every error. Derivations: docs/theory.md.
+λuᵀ(C+λ)⁻¹u = τ_0(g,g) − τ_λ(g,g), the *gap*, the eigenvalues δ of Δ bound every error. A sketch at μ set against exact
+scores at λ has Δ = (C+λ)^{-1/2}(C̃+μ−C−λ)(C+λ)^{-1/2} and I − (μ/λ)(I+Δ)⁻¹ in the brackets. Derivations: docs/theory.md.
 """
 
 from __future__ import annotations
@@ -60,34 +61,50 @@ def range_norms(
     return RangeNorms(squares.sum(1), squares @ (damping / (values + damping)))
 
 
-def distortion(gram: Float[Tensor, "n n"], sketched_gram: Float[Tensor, "n n"], damping: float) -> Float[Tensor, " n"]:
+def distortion(
+    gram: Float[Tensor, "n n"],
+    sketched_gram: Float[Tensor, "n n"],
+    damping: float,
+    sketch_damping: float | None = None,
+) -> Float[Tensor, " n"]:
     """Ascending eigenvalues δ > −1 of Δ = (C+λ)^{-1/2}(C̃−C)(C+λ)^{-1/2} on range(C), and zeros.
 
     From K = GGᵀ/n and K̃ = GPᵀPGᵀ/n: with G/√n = WC^{1/2} the polar form, K = WCWᵀ and K̃ = WC̃Wᵀ, so that Δ is
-    similar to (K+λ)^{-1/2}(K̃−K)(K+λ)^{-1/2}.
+    similar to (K+λ)^{-1/2}(K̃−K)(K+λ)^{-1/2}. A sketch at another damping μ, as a corrected one has, is distorted by
+    (C+λ)^{-1/2}(C̃+μ−C−λ)(C+λ)^{-1/2}, which is (μ−λ)/λ outside range(C).
 
     Args:
         gram: K.
         sketched_gram: K̃, with the same rows.
         damping: λ > 0.
+        sketch_damping: μ > 0; None: λ.
 
     Raises:
         RefluenceError: K + λ is not positive definite in float64.
     """
     _check_damping(damping)
-    K = gram.double()
-    factor, failed = torch.linalg.cholesky_ex(K + damping * torch.eye(len(K), dtype=K.dtype, device=K.device))
+    own = damping if sketch_damping is None else sketch_damping
+    _check_damping(own)
+    K, eye = gram.double(), torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(K + damping * eye)
     if int(failed):
         raise RefluenceError(f"K + λ is not positive definite at λ = {damping:.3g}: use a larger damping")
-    half = torch.linalg.solve_triangular(factor, sketched_gram.double() - K, upper=False)
+    difference = sketched_gram.double() - K + (own - damping) * eye
+    half = torch.linalg.solve_triangular(factor, difference, upper=False)
     whole = torch.linalg.solve_triangular(factor, half.T, upper=False)
     return torch.linalg.eigvalsh((whole + whole.T) / 2)
 
 
-def distortion_factor(distortions: Float[Tensor, " n"]) -> float:
-    """max_i |δ_i/(1+δ_i)|, the least f with |τ̃−τ| ≤ f·√gap(g)·√gap(g') for all g, g' in range(C)."""
-    delta = distortions.double()
-    return float((delta / (1.0 + delta)).abs().max())
+def distortion_factor(distortions: Float[Tensor, " n"], ratio: float = 1.0) -> float:
+    """max_i |1 − ρ/(1+δ_i)|, the least f with |τ̃−τ| ≤ f·√gap(g)·√gap(g') for all g, g' in range(C).
+
+    For ρ = 1 it is max_i |δ_i/(1+δ_i)|.
+
+    Args:
+        distortions: δ.
+        ratio: ρ = μ/λ of a sketch at μ whose scores are set against the exact ones at λ.
+    """
+    return float((1.0 - ratio / (1.0 + distortions.double())).abs().max())
 
 
 def pair_bounds(factor: float, gap_left: Float[Tensor, " k"], gap_right: Float[Tensor, " n"]) -> Float[Tensor, "k n"]:
