@@ -98,6 +98,31 @@ class ColumnSums:
         return self.columns(values.T).T
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What is done to the columns of scores: column j times f_j, then the columns of a group added.
+
+    Args:
+        ids: of the columns that are left.
+        factors: f_j; None: all 1.
+        sums: of the groups, with the factors in them; None: no groups.
+    """
+
+    ids: np.ndarray
+    factors: Float[Tensor, " n"] | None = None
+    sums: ColumnSums | None = None
+
+    def values(self, values: Float[Tensor, "k n"]) -> Float[Tensor, "k g"]:
+        """The columns of scores."""
+        if self.sums is not None:
+            return self.sums.columns(values)
+        return values if self.factors is None else values * self.factors
+
+    def errors(self, errors: Float[Tensor, "k g"]) -> Float[Tensor, "k g"]:
+        """The columns of standard errors, which a state gives for sums where there are some."""
+        return errors if self.factors is None or self.sums is not None else errors * self.factors.abs()
+
+
 def _classes(train: Batches) -> Tensor:
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed from the user's random state
         targets = [batch_targets(batch) for _, batch in train]

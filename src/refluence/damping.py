@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from numbers import Real
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from scipy.optimize import brentq
@@ -165,6 +165,18 @@ def _resolve_one(damping: Damping, curvature: DampedCurvature | _Single, l2: flo
         return dict.fromkeys(blocks, total - l2)
     total = _shift_for(auto_dimension(curvature.n, sum(blocks.values())), curvature)
     return dict.fromkeys(blocks, max(0.0, total - l2))
+
+
+def choice_record(damping: DampingChoice) -> Any:
+    """A choice of damping as JSON-able values."""
+    if isinstance(damping, Mapping):
+        return {block: choice_record(value) for block, value in damping.items()}
+    return damping if isinstance(damping, (float, str)) else {type(damping).__name__: asdict(damping)}
+
+
+def common(by_block: Mapping[str, float]) -> float | dict[str, float]:
+    """One number where all blocks have the same."""
+    return next(iter(by_block.values())) if len(set(by_block.values())) == 1 else dict(by_block)
 
 
 def _shift_for(dimension: float, curvature: DampedCurvature | _Single) -> float:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,17 +16,20 @@ from refluence import fitting
 from refluence._version import __version__
 from refluence.accuracy import Accuracy
 from refluence.batches import Batches, Data
-from refluence.columns import ColumnSums, check_normalisation, checked_weights, group_codes, hash_numbers
-from refluence.damping import DampingChoice, check_damping, resolve
-from refluence.errors import DataError, NotFittedError, RefluenceError
+from refluence.columns import check_normalisation, hash_numbers
+from refluence.damping import DampingChoice, check_damping, choice_record, common, resolve
+from refluence.errors import NotFittedError, RefluenceError
 from refluence.execution import Execution
 from refluence.fitting import Fit, Settings, model_fingerprint
 from refluence.gradients.coverage import Coverage
 from refluence.gradients.groups import Blocks, parameter_groups
-from refluence.gradients.mixed import differentiable_input, mixed_products
+from refluence.gradients.mixed import differentiable_input
+from refluence.gradients.norms import gradient_norms
 from refluence.gradients.rows import GradientRows
+from refluence.perturbation import input_derivatives, train_rows
 from refluence.planning import ASSUMED_TESTS, Plan
 from refluence.scores import Scores
+from refluence.scoring import added_scores, columns_of, scores_by_block
 from refluence.solvers import Identity, Solver
 from refluence.task import Task
 
@@ -241,22 +243,7 @@ class Influence:
     def _gradient_norms(self) -> tuple[float, float]:
         if self._norms is None:
             fit = self._fitted()
-            total: dict[str, Tensor] = {}
-            squares = 0.0
-            for start, blocks in fit.rows:
-                for group, block in blocks.items():
-                    weights = torch.ones(block.n, 1, dtype=torch.float64, device=block.device)
-                    if fit.curvature.weights is not None:
-                        weights[:, 0] = fit.curvature.weights[start : start + block.n]
-                    part = block.rmatvec(weights)[:, 0] / self.n_train
-                    total[group] = total[group] + part if group in total else part
-                    squares += float(block.squared_norms() @ weights[:, 0]) / self.n_train
-            parameters = fit.capture.parameters
-            squared = 0.0
-            for group, names in self.groups.items():
-                theta = torch.cat([parameters[name].detach().double().flatten() for name in names])
-                squared += float((total[group] + self.task.l2 * theta).square().sum())
-            self._norms = squared**0.5, squares**0.5
+            self._norms = gradient_norms(fit.rows, fit.curvature.weights, self.task.l2)
         return self._norms
 
     def at(self, damping: DampingChoice) -> Influence:
@@ -321,16 +308,7 @@ class Influence:
         check_normalisation(normalize)
         tests = self._test_rows(test)
         fit = self._accurate(tests)
-        columns = torch.ones(self.n_train, dtype=torch.float64, device=fit.rows.device)
-        if normalize is not None:
-            columns = columns / self._column_norms(normalize)
-        if weights is not None:
-            columns = columns * checked_weights(weights, self.n_train, negative=True).to(columns)
-        plain = normalize is None and weights is None
-        sums, train_ids = None, np.arange(self.n_train)
-        if groups is not None:
-            codes, train_ids = group_codes(groups, fit.rows.batches)
-            sums = ColumnSums(columns, codes, len(train_ids))
+        columns = columns_of(fit, self.shifts, weights, groups, normalize)
         targets = self._targets()
         manifest = {
             **self.manifest(),
@@ -341,32 +319,9 @@ class Influence:
             "test_fingerprint": tests.batches.checksum,
         }
 
-        def finished(values: Tensor, error: Tensor | None, block: str | None) -> Scores:
-            if sums is not None:
-                values = sums.columns(values)
-            elif not plain:
-                values = values * columns
-                error = None if error is None else error * columns.abs()
-            if not bool(torch.isfinite(values).all()):
-                raise RefluenceError("the scores hold NaN or Inf: use a larger damping")
-            own = manifest if block is None else {**manifest, "block": block, "target_damping": targets[block]}
-            return Scores(
-                values.cpu(),
-                self.n_train,
-                train_ids,
-                error=None if error is None else error.cpu(),
-                target_damping=own["target_damping"],
-                manifest=own,
-            )
-
-        parts = fit.state.scores(tests, self.shifts)
-        deviations = fit.state.deviations(tests, self.shifts, sums) if errors else None
         if by_block:
-            found = dict(deviations) if deviations is not None else {}
-            return {block: finished(part.contiguous(), found.get(block), block) for block, part in parts}
-        values = _total(parts)
-        error = None if deviations is None else _combined(deviations, fit.state.independent_blocks)
-        return finished(values, error, None)
+            return scores_by_block(fit, tests, self.shifts, columns, errors, manifest, targets)
+        return added_scores(fit, tests, self.shifts, columns, errors, manifest)
 
     def _accurate(self, tests: GradientRows) -> Fit:
         """The fit, with a larger sketch where these tests need one for the accuracy asked for."""
@@ -412,17 +367,6 @@ class Influence:
         batches = Batches(test, batch_size, device, self.settings.dtype, "test")
         memory = int(SHARE_FOR_TESTS * self.settings.execution.budget(device))
         return GradientRows(fit.capture, batches, fit.capture.measurement, memory, self.settings.progress)
-
-    def _column_norms(self, normalize: str) -> Float[Tensor, " n"]:
-        fit = self._fitted()
-        if normalize == "theta-relatif":
-            squared = fit.state.inverse_norms(self.shifts)
-        else:
-            squared = fit.state.self_influence(self.shifts)
-            if fit.curvature.weights is not None:
-                squared = squared * fit.curvature.weights.to(squared)
-        norms = squared.clamp(min=0).sqrt()
-        return torch.where(norms > 0, norms, torch.inf)
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """τ_λ(g_j, g_j) of every train example (times its weight): n times the ridge leverage score of its gradient."""
@@ -478,24 +422,10 @@ class Influence:
     ) -> Iterator[tuple[list[int], Float[Tensor, "k b ..."]]]:
         """`perturbation` batch by batch: (train rows, (n_test, b, *x))."""
         fit = self._fitted()
-        batches = fit.rows.batches
-        chosen = list(range(self.n_train)) if rows is None else [int(row) for row in rows]
-        if wrong := [row for row in chosen if not 0 <= row < self.n_train]:
-            raise DataError(f"rows has {wrong[0]}, but the train examples are 0 to {self.n_train - 1}")
-        if not chosen:
-            raise DataError("rows is empty: give at least one train row, or None for all")
-        names = list(self.task.parameter_names())
-        inputs(batches.select(chosen[:1]))
+        chosen = train_rows(rows, self.n_train)
+        inputs(fit.rows.batches.select(chosen[:1]))
         directions = self._in_order(fit.state.inverse_hvp(self._test_rows(test), self.shifts))
-        for first in range(0, len(chosen), batches.batch_size):
-            some = chosen[first : first + batches.batch_size]
-            batch = batches.select(some)
-            with fit.capture.ready():
-                found = mixed_products(fit.model, fit.capture.loss, names, batch, directions, inputs)
-            if fit.curvature.weights is not None:
-                weights = fit.curvature.weights[some].to(found)
-                found = found * weights.reshape(1, -1, *[1] * (found.ndim - 2))
-            yield some, found
+        yield from input_derivatives(fit, self.task.parameter_names(), directions, chosen, inputs)
 
     # ------------------------------------------------------------------ records
 
@@ -529,30 +459,3 @@ class Influence:
         if self._fit is None:
             return f"Influence(curvature={self.curvature!r}, solver={self.settings.solver!r}, not fitted)"
         return f"Influence(n={self.n_train}, d={self.n_parameters}, solver={self.plan.solver}, damping={self.damping})"
-
-
-def choice_record(damping: DampingChoice) -> Any:
-    """A choice of damping as JSON-able values."""
-    if isinstance(damping, Mapping):
-        return {block: choice_record(value) for block, value in damping.items()}
-    return damping if isinstance(damping, (float, str)) else {type(damping).__name__: asdict(damping)}
-
-
-def common(by_block: Mapping[str, float]) -> float | dict[str, float]:
-    """One number where all blocks have the same."""
-    return next(iter(by_block.values())) if len(set(by_block.values())) == 1 else dict(by_block)
-
-
-def _combined(parts: Iterable[tuple[str, Float[Tensor, "k n"]]], independent: bool) -> Float[Tensor, "k n"]:
-    """Standard errors of a sum over blocks: variances add where they are independent, else the errors may."""
-    if not independent:
-        return _total(parts)
-    return _total((block, part.square_()) for block, part in parts).sqrt_()
-
-
-def _total(parts: Iterable[tuple[str, Float[Tensor, "k n"]]]) -> Float[Tensor, "k n"]:
-    total: Tensor | None = None
-    for _, part in parts:
-        total = part.contiguous() if total is None else total.add_(part)
-    assert total is not None
-    return total

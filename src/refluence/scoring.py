@@ -1,0 +1,132 @@
+"""From a fit to `Scores`: the blocks' scores and errors added, and the columns as they were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from refluence.columns import Columns, ColumnSums, checked_weights, group_codes
+from refluence.errors import RefluenceError
+from refluence.fitting import Fit
+from refluence.gradients.rows import GradientRows
+from refluence.scores import Scores
+from refluence.solvers.state import Shifts
+
+
+def columns_of(
+    fit: Fit,
+    shifts: Shifts,
+    weights: Sequence[float] | Tensor | None,
+    groups: str | Iterable[Any] | None,
+    normalize: str | None,
+) -> Columns:
+    """What `Influence.score` is to do to the columns; arguments as there.
+
+    Raises:
+        DataError: wrong weights or groups.
+    """
+    n = fit.rows.n
+    factors = torch.ones(n, dtype=torch.float64, device=fit.rows.device)
+    if normalize is not None:
+        factors = factors / _column_norms(fit, shifts, normalize)
+    if weights is not None:
+        factors = factors * checked_weights(weights, n, negative=True).to(factors)
+    if groups is not None:
+        codes, ids = group_codes(groups, fit.rows.batches)
+        return Columns(ids, factors, ColumnSums(factors, codes, len(ids)))
+    return Columns(np.arange(n), None if normalize is None and weights is None else factors)
+
+
+def added_scores(
+    fit: Fit, tests: GradientRows, shifts: Shifts, columns: Columns, errors: bool, manifest: dict[str, Any]
+) -> Scores:
+    """The scores over all blocks of parameters, with their standard errors unless `errors` is False.
+
+    Raises:
+        RefluenceError: scores that are not finite.
+    """
+    parts = fit.state.scores(tests, shifts)
+    deviations = fit.state.deviations(tests, shifts, columns.sums) if errors else None
+    values = _total(parts)
+    error = None if deviations is None else _combined(deviations, fit.state.independent_blocks)
+    return _finished(fit, values, error, columns, manifest)
+
+
+def scores_by_block(
+    fit: Fit,
+    tests: GradientRows,
+    shifts: Shifts,
+    columns: Columns,
+    errors: bool,
+    manifest: dict[str, Any],
+    targets: Mapping[str, float],
+) -> dict[str, Scores]:
+    """Block → the scores that come from its parameters, with its own of the dampings `targets`.
+
+    Raises:
+        RefluenceError: scores that are not finite.
+    """
+    parts = fit.state.scores(tests, shifts)
+    deviations = fit.state.deviations(tests, shifts, columns.sums) if errors else None
+    found = dict(deviations) if deviations is not None else {}
+    return {
+        block: _finished(
+            fit,
+            part.contiguous(),
+            found.get(block),
+            columns,
+            {**manifest, "block": block, "target_damping": targets[block]},
+        )
+        for block, part in parts
+    }
+
+
+def _finished(
+    fit: Fit,
+    values: Float[Tensor, "k n"],
+    error: Float[Tensor, "k _"] | None,
+    columns: Columns,
+    manifest: dict[str, Any],
+) -> Scores:
+    values, error = columns.values(values), None if error is None else columns.errors(error)
+    if not bool(torch.isfinite(values).all()):
+        raise RefluenceError("the scores hold NaN or Inf: use a larger damping")
+    return Scores(
+        values.cpu(),
+        fit.rows.n,
+        columns.ids,
+        error=None if error is None else error.cpu(),
+        target_damping=manifest["target_damping"],
+        manifest=manifest,
+    )
+
+
+def _column_norms(fit: Fit, shifts: Shifts, normalize: str) -> Float[Tensor, " n"]:
+    if normalize == "theta-relatif":
+        squared = fit.state.inverse_norms(shifts)
+    else:
+        squared = fit.state.self_influence(shifts)
+        if fit.curvature.weights is not None:
+            squared = squared * fit.curvature.weights.to(squared)
+    norms = squared.clamp(min=0).sqrt()
+    return torch.where(norms > 0, norms, torch.inf)
+
+
+def _combined(parts: Iterable[tuple[str, Float[Tensor, "k n"]]], independent: bool) -> Float[Tensor, "k n"]:
+    """Standard errors of a sum over blocks: variances add where they are independent, else the errors may."""
+    if not independent:
+        return _total(parts)
+    return _total((block, part.square_()) for block, part in parts).sqrt_()
+
+
+def _total(parts: Iterable[tuple[str, Float[Tensor, "k n"]]]) -> Float[Tensor, "k n"]:
+    total: Tensor | None = None
+    for _, part in parts:
+        total = part.contiguous() if total is None else total.add_(part)
+    assert total is not None
+    return total
