@@ -7,7 +7,6 @@ ker A ⊗ ker E, whose leakage falls as m_A^{-1/2}, m_E^{-1/2} and (m_A m_E)^{-1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,13 +18,14 @@ from refluence.errors import DataError
 from refluence.gradients.outer import OuterBlock
 from refluence.studies.folder import StudyFolder
 from refluence.studies.projection.problem import BLOCK, Problem
+from refluence.studies.projection.record import Recorded
 
 PARTS = ("ker A ⊗ range E", "range A ⊗ ker E", "ker A ⊗ ker E")
 CUT = 1e-10
 
 
 @dataclass(frozen=True)
-class FactorGrid:
+class FactorGrid(Recorded):
     """The factorised part of the study.
 
     Args:
@@ -56,10 +56,6 @@ class FactorGrid:
     def sizes(self) -> list[int]:
         """Rows of either factor's sketch."""
         return [2**e for e in range(self.factor_exp_min, self.factor_exp_max + 1)]
-
-    def record(self) -> dict[str, Any]:
-        """What the numbers depend on."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 @dataclass(frozen=True, eq=False)

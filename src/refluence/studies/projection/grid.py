@@ -13,6 +13,7 @@ from torch import Tensor
 from refluence.errors import DataError
 from refluence.progress import track
 from refluence.studies.folder import Stage, StudyFolder
+from refluence.studies.projection.record import Recorded
 from refluence.studies.projection.system import SketchedSystem
 
 PROJECTIONS = ("normal", "rademacher", "sjlt")
@@ -20,7 +21,7 @@ OFFLOADS = ("none", "cpu", "disk")
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(Recorded):
     """Sketch sizes m = 2^min … 2^max: every power of two, or `steps` sizes equally spaced in log m.
 
     Raises:
@@ -58,7 +59,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Dampings:
+class Dampings(Recorded):
     """λ = 10^min … 10^max: every power of ten, or `steps` values equally spaced in log λ.
 
     Raises:
@@ -84,7 +85,7 @@ class Dampings:
 
 
 @dataclass(frozen=True)
-class Sketching:
+class Sketching(Recorded):
     """How the gradients are projected, and how often.
 
     Args:
@@ -98,6 +99,8 @@ class Sketching:
     Raises:
         DataError: an unknown projection or place, or no trial.
     """
+
+    UNRECORDED = ("offload",)
 
     proj_type: str = "normal"
     num_trials: int = 5

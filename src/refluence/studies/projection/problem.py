@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from refluence.gradients.groups import parameter_groups
 from refluence.gradients.kernels import cross_grams, gram_matrices
 from refluence.gradients.rows import GradientRows
 from refluence.studies.folder import StudyFolder
+from refluence.studies.projection.record import Recorded
 from refluence.studies.projection.spectral import RANK_CUT, Spectral
 from refluence.training.files import read_tensors, write_tensors
 from refluence.zoo import load_benchmark
@@ -37,7 +38,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
-class ProblemOptions:
+class ProblemOptions(Recorded):
     """A data set and a trained model of the zoo.
 
     Args:
@@ -51,6 +52,8 @@ class ProblemOptions:
         batch_size: rows a forward pass; changes no number.
         rank_cut: eigenvalues above rank_cut·σ_max count for τ_0.
     """
+
+    UNRECORDED = ("batch_size", "device")
 
     dataset: str = "mnist"
     model: str = "mlp"
@@ -69,12 +72,6 @@ class ProblemOptions:
             raise DataError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if not 0 <= self.rank_cut < 1:
             raise DataError(f"rank_cut must lie in [0, 1), not {self.rank_cut!r}")
-
-    def record(self) -> dict[str, Any]:
-        """What the numbers depend on, JSON-able."""
-        settings = asdict(self)
-        del settings["batch_size"], settings["device"]
-        return settings
 
 
 @dataclass(eq=False)

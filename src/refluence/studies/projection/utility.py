@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float64, Int64
@@ -20,12 +19,13 @@ from refluence.errors import DataError
 from refluence.evaluation import GroundTruth, retrain
 from refluence.studies.folder import StudyFolder
 from refluence.studies.projection.problem import Problem
+from refluence.studies.projection.record import Recorded
 from refluence.studies.projection.spectral import Spectral
 from refluence.studies.projection.system import SketchedSystem
 
 
 @dataclass(frozen=True)
-class Retraining:
+class Retraining(Recorded):
     """The ground truth: models retrained on random halves.
 
     Args:
@@ -49,10 +49,6 @@ class Retraining:
             )
         if not 0 < self.val_ratio < 1:
             raise DataError(f"val_ratio must lie between 0 and 1, not {self.val_ratio!r}")
-
-    def record(self) -> dict[str, Any]:
-        """What the numbers depend on."""
-        return asdict(self)
 
     def truth(self, problem: Problem, folder: StudyFolder, path: Path | None, progress: bool) -> GroundTruth:
         """The retrained models' losses on the tests that are used; finished models are kept, in the folder or at path.
