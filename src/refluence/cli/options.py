@@ -176,7 +176,11 @@ Solver = Annotated[
 ]
 Sketch = Annotated[
     SketchName | None,
-    typer.Option("--sketch", help="Random projection of the sketched solver; default sjlt.", rich_help_panel=_SET),
+    typer.Option(
+        "--sketch",
+        help="Random projection of the sketched solver, default sjlt; of kfac and ekfac only kronecker.",
+        rich_help_panel=_SET,
+    ),
 ]
 SketchSize = Annotated[
     int | None,

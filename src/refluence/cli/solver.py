@@ -17,8 +17,8 @@ from refluence.solvers import preconditioners
 DEFAULT_SKETCH_SIZE = 4096
 
 TAKEN_BY: dict[str, tuple[SolverName, ...]] = {
-    "sketch": (SolverName.SKETCHED,),
-    "sketch_size": (SolverName.SKETCHED,),
+    "sketch": (SolverName.SKETCHED, SolverName.KFAC, SolverName.EKFAC),
+    "sketch_size": (SolverName.SKETCHED, SolverName.KFAC, SolverName.EKFAC),
     "rank": (SolverName.ARNOLDI, SolverName.NYSTROEM, SolverName.CG),
     "rtol": (SolverName.CG,),
     "maxiter": (SolverName.CG,),
@@ -102,27 +102,32 @@ class SolverChoice:
             SolverName.ARNOLDI: lambda: solvers.Arnoldi(**self._settings("rank", "tolerance"), seed=seed),
             SolverName.NYSTROEM: lambda: solvers.Nystroem(**self._settings("rank"), seed=seed),
             SolverName.HARMONIC_MEAN: lambda: solvers.HarmonicMean(),
-            SolverName.KFAC: lambda: solvers.Kfac(**self._sharing()),
-            SolverName.EKFAC: lambda: solvers.Ekfac(**self._sharing()),
-            SolverName.SKETCHED: lambda: solvers.Sketched(self._sketch(seed), replicates=self.repeats or 1),
+            SolverName.KFAC: lambda: solvers.Kfac(**self._factors(seed)),
+            SolverName.EKFAC: lambda: solvers.Ekfac(**self._factors(seed)),
+            SolverName.SKETCHED: lambda: solvers.Sketched(
+                self._sketch(SketchName.SJLT, seed), replicates=self.repeats or 1
+            ),
         }
         return makers[wanted]()
 
     def _settings(self, *names: str) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def _sharing(self) -> dict[str, Any]:
-        return {} if self.sharing is None else {"sharing": self.sharing.value}
+    def _factors(self, seed: int) -> dict[str, Any]:
+        found: dict[str, Any] = {} if self.sharing is None else {"sharing": self.sharing.value}
+        if self.sketch is not None or self.sketch_size is not None:
+            found["sketch"] = self._sketch(SketchName.KRONECKER, seed)
+        return found
 
-    def _sketch(self, seed: int) -> Any:
+    def _sketch(self, default: SketchName, seed: int) -> Any:
         kinds = {
             SketchName.SJLT: rf.sketches.SJLT,
             SketchName.GAUSSIAN: rf.sketches.Gaussian,
             SketchName.RADEMACHER: rf.sketches.Rademacher,
             SketchName.TENSOR: rf.sketches.TensorSketch,
         }
-        size = self.sketch_size or DEFAULT_SKETCH_SIZE
-        if self.sketch is SketchName.KRONECKER:
+        size, kind = self.sketch_size or DEFAULT_SKETCH_SIZE, self.sketch or default
+        if kind is SketchName.KRONECKER:
             side = math.isqrt(size)
             if side**2 != size:
                 raise typer.BadParameter(
@@ -130,7 +135,7 @@ class SolverChoice:
                     param_hint="--sketch-size",
                 )
             return rf.sketches.Kronecker(side, side, seed=seed)
-        return kinds[self.sketch or SketchName.SJLT](size, seed=seed)
+        return kinds[kind](size, seed=seed)
 
     def _preconditioner(self, seed: int) -> Any:
         match self.preconditioner:

@@ -1,7 +1,8 @@
 """A layer's curvature in an eigenbasis that is a Kronecker product: (Q_E ⊗ Q_A) diag(Λ) (Q_E ⊗ Q_A)ᵀ.
 
 Axis letters: b examples, k vectors, t positions, S pieces of gradients, R rows and C columns of the layer's matrix, the
-bias counted as its last column; a layer without a Kronecker form is one row, R = 1.
+bias counted as its last column; a layer without a Kronecker form is one row, R = 1. r and c: how many eigenvectors
+there are of rows and columns, R and C unless the factors are sketched (`sketched_factors`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from refluence.curvature.layer_factors import Covariances
 from refluence.gradients.blocks import CHUNK_ELEMENTS, GradientBlock
-from refluence.gradients.factors import Dense, OneHot, Patches
+from refluence.gradients.factors import Factor, OneHot
 from refluence.gradients.fan import FanBlock
 from refluence.gradients.outer import OuterBlock
 
@@ -37,18 +38,26 @@ class KroneckerBlock:
 
     kind: str
     bias: bool
-    rows: Float[Tensor, "R R"] | None
-    columns: Float[Tensor, "C C"] | None
-    values: Float64[Tensor, "R C"]
+    rows: Float[Tensor, "R r"] | None
+    columns: Float[Tensor, "C c"] | None
+    values: Float64[Tensor, "r c"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, C)."""
+        sides = zip((self.rows, self.columns), self.values.shape, strict=True)
+        R, C = (size if basis is None else basis.shape[0] for basis, size in sides)
+        return R, C
 
     @property
     def d(self) -> int:
         """The number of parameters."""
-        return self.values.numel()
+        R, C = self.shape
+        return R * C
 
     def matrices(self, vectors: Float[Tensor, "k d"]) -> Float[Tensor, "k R C"]:
         """Vectors over the layer's parameters as matrices, the bias last."""
-        R, C = self.values.shape
+        R, C = self.shape
         if not self.bias:
             return vectors.reshape(-1, R, C)
         weight = R * (C - 1)
@@ -60,26 +69,37 @@ class KroneckerBlock:
             return matrices.flatten(1)
         return torch.cat([matrices[:, :, :-1].flatten(1), matrices[:, :, -1]], dim=1)
 
-    def rotate_rows(self, rows: Float[Tensor, "*s R"]) -> Float[Tensor, "*s R"]:
+    def rotate_rows(self, rows: Float[Tensor, "*s R"]) -> Float[Tensor, "*s r"]:
         """rᵀQ_E."""
         return rows if self.rows is None else rows @ self.rows.to(rows.dtype)
 
-    def rotate_columns(self, columns: Float[Tensor, "*s c"]) -> Float[Tensor, "*s C"]:
-        """(c, 1)ᵀQ_A with a bias, else cᵀQ_A."""
+    def rotate_columns(self, columns: Float[Tensor, "*s w"]) -> Float[Tensor, "*s c"]:
+        """(a, 1)ᵀQ_A with a bias, else aᵀQ_A."""
         basis = self.columns
         if basis is None:
             return columns
         basis = basis.to(columns.dtype)
         return columns @ basis[:-1] + basis[-1] if self.bias else columns @ basis
 
-    def rotate(self, vectors: Float[Tensor, "k d"]) -> Float[Tensor, "k R C"]:
+    def row_products(self, factor: Factor, dtype: torch.dtype) -> Float[Tensor, "n t r"]:
+        """eᵀQ_E of every vector."""
+        return factor.vectors().to(dtype) if self.rows is None else factor.products(self.rows.to(dtype))
+
+    def column_products(self, factor: Factor, dtype: torch.dtype) -> Float[Tensor, "n t c"]:
+        """ãᵀQ_A of every vector."""
+        if self.columns is None:
+            return factor.vectors().to(dtype)
+        basis = self.columns.to(dtype)
+        return factor.products(basis[:-1]) + basis[-1] if self.bias else factor.products(basis)
+
+    def rotate(self, vectors: Float[Tensor, "k d"]) -> Float[Tensor, "k r c"]:
         """Q_EᵀVQ_A."""
         matrices = self.matrices(vectors)
         if self.columns is not None:
             matrices = matrices @ self.columns.to(vectors.dtype)
         return matrices if self.rows is None else self.rows.to(vectors.dtype).T @ matrices
 
-    def unrotate(self, matrices: Float[Tensor, "k R C"]) -> Float[Tensor, "k d"]:
+    def unrotate(self, matrices: Float[Tensor, "k r c"]) -> Float[Tensor, "k d"]:
         """Q_E X Q_Aᵀ as vectors."""
         if self.rows is not None:
             matrices = self.rows.to(matrices.dtype) @ matrices
@@ -87,7 +107,7 @@ class KroneckerBlock:
             matrices = matrices @ self.columns.to(matrices.dtype).T
         return self.vectors(matrices)
 
-    def with_values(self, values: Float64[Tensor, "R C"]) -> KroneckerBlock:
+    def with_values(self, values: Float64[Tensor, "r c"]) -> KroneckerBlock:
         """The same basis with other eigenvalues."""
         return replace(self, values=values)
 
@@ -119,15 +139,15 @@ class Rotated(ABC):
     """b gradients of one layer in the eigenbasis, X_i = Q_EᵀF_iQ_A, in whatever form is cheap."""
 
     @abstractmethod
-    def matrices(self) -> Float[Tensor, "b R C"]:
+    def matrices(self) -> Float[Tensor, "b r c"]:
         """X."""
 
     @abstractmethod
-    def norms(self, weights: Float[Tensor, "R C"]) -> Float64[Tensor, " b"]:
+    def norms(self, weights: Float[Tensor, "r c"]) -> Float64[Tensor, " b"]:
         """Σ_jk W_jk X_ijk² of every example."""
 
     @abstractmethod
-    def moment(self, weights: Float[Tensor, " b"] | None) -> Float64[Tensor, "R C"]:
+    def moment(self, weights: Float[Tensor, " b"] | None) -> Float64[Tensor, "r c"]:
         """Σ_i w_i X_ijk²."""
 
 
@@ -135,18 +155,18 @@ class Rotated(ABC):
 class RotatedProduct(Rotated):
     """X = r cᵀ, never formed for sums of squares."""
 
-    rows: Float[Tensor, "b R"]
-    columns: Float[Tensor, "b C"]
+    rows: Float[Tensor, "b r"]
+    columns: Float[Tensor, "b c"]
 
-    def matrices(self) -> Float[Tensor, "b R C"]:
+    def matrices(self) -> Float[Tensor, "b r c"]:
         """X."""
         return self.rows[:, :, None] * self.columns[:, None, :]
 
-    def norms(self, weights: Float[Tensor, "R C"]) -> Float64[Tensor, " b"]:
+    def norms(self, weights: Float[Tensor, "r c"]) -> Float64[Tensor, " b"]:
         """(r²)ᵀ W c²."""
         return ((self.rows.square() @ weights.to(self.rows)) * self.columns.square()).sum(dim=1).double()
 
-    def moment(self, weights: Float[Tensor, " b"] | None) -> Float64[Tensor, "R C"]:
+    def moment(self, weights: Float[Tensor, " b"] | None) -> Float64[Tensor, "r c"]:
         """(wr²)ᵀc², one matrix product."""
         squares = self.rows.square()
         if weights is not None:
@@ -160,21 +180,21 @@ class RotatedTokens(Rotated):
 
     example: Int64[Tensor, " S"]
     token: Int64[Tensor, " S"]
-    values: Float[Tensor, "S C"]
+    values: Float[Tensor, "S c"]
     b: int
     R: int
 
-    def matrices(self) -> Float[Tensor, "b R C"]:
+    def matrices(self) -> Float[Tensor, "b r c"]:
         """X."""
         out = self.values.new_zeros(self.b * self.R, self.values.shape[1])
         return out.index_copy_(0, self.example * self.R + self.token, self.values).unflatten(0, (self.b, self.R))
 
-    def norms(self, weights: Float[Tensor, "R C"]) -> Float64[Tensor, " b"]:
+    def norms(self, weights: Float[Tensor, "r c"]) -> Float64[Tensor, " b"]:
         """Sums over the tokens of each example."""
         sums = (self.values.square() * weights.to(self.values)[self.token]).sum(dim=1).double()
         return sums.new_zeros(self.b).index_add_(0, self.example, sums)
 
-    def moment(self, weights: Float[Tensor, " b"] | None) -> Float64[Tensor, "R C"]:
+    def moment(self, weights: Float[Tensor, " b"] | None) -> Float64[Tensor, "r c"]:
         """Sums over the examples of each token."""
         squares = self.values.double().square()
         if weights is not None:
@@ -190,8 +210,8 @@ class RotatedRows(Rotated):
     basis: KroneckerBlock
     dtype: torch.dtype
 
-    def _chunks(self) -> Iterator[tuple[slice, Float[Tensor, "s R C"]]]:
-        R, C = self.basis.values.shape
+    def _chunks(self) -> Iterator[tuple[slice, Float[Tensor, "s r c"]]]:
+        R, C = self.basis.shape
         factors = self._factors()
         step = max(1, CHUNK_ELEMENTS // (R * C + (factors[0].t * (R + C) if factors is not None else 0)))
         for first in range(0, self.block.n, step):
@@ -199,28 +219,31 @@ class RotatedRows(Rotated):
             if factors is None:
                 yield span, self.basis.rotate(self.block.rows(span.start, span.stop).dense().to(self.dtype))
                 continue
-            rows, columns = (factor.rows(span.start, span.stop).vectors().to(self.dtype) for factor in factors)
-            yield span, self.basis.rotate_rows(rows).transpose(1, 2) @ self.basis.rotate_columns(columns)
+            rows, columns = (factor.rows(span.start, span.stop) for factor in factors)
+            turned = self.basis.row_products(rows, self.dtype), self.basis.column_products(columns, self.dtype)
+            yield span, turned[0].transpose(1, 2) @ turned[1]
 
-    def _factors(self) -> tuple[Dense, Dense | Patches] | None:
-        block, (R, C) = self.block, self.basis.values.shape
+    def _factors(self) -> tuple[Factor, Factor] | None:
+        block, (R, C), (r, c) = self.block, self.basis.shape, self.basis.values.shape
         if self.basis.kind != "kronecker" or not isinstance(block, OuterBlock) or len(block.terms) > 1:
             return None
         row, column = block.terms[0].row, block.terms[0].column
-        if not isinstance(row, Dense) or not isinstance(column, Dense | Patches):
+        if any(isinstance(f, OneHot) and Q is None for f, Q in ((row, self.basis.rows), (column, self.basis.columns))):
             return None
-        return (row, column) if row.t * (R**2 + C**2) < R * C * (R + C) else None
+        # A unit vector picks a row of the basis; other rows are multiplied by it.
+        turns = 0 if isinstance(row, OneHot) else R * r
+        return (row, column) if row.t * (turns + C * c) < R * c * (C + r) else None
 
-    def matrices(self) -> Float[Tensor, "b R C"]:
+    def matrices(self) -> Float[Tensor, "b r c"]:
         """X."""
         return torch.cat([matrices for _, matrices in self._chunks()])
 
-    def norms(self, weights: Float[Tensor, "R C"]) -> Float64[Tensor, " b"]:
+    def norms(self, weights: Float[Tensor, "r c"]) -> Float64[Tensor, " b"]:
         """Σ_jk W_jk X_ijk²."""
         flat = weights.to(self.dtype).flatten()
         return torch.cat([(x.square().flatten(1) @ flat).double() for _, x in self._chunks()])
 
-    def moment(self, weights: Float[Tensor, " b"] | None) -> Float64[Tensor, "R C"]:
+    def moment(self, weights: Float[Tensor, " b"] | None) -> Float64[Tensor, "r c"]:
         """Σ_i w_i X_ijk²."""
         total = torch.zeros_like(self.basis.values)
         for span, x in self._chunks():
@@ -259,7 +282,7 @@ def _rotated_tokens(block: OuterBlock, basis: KroneckerBlock, dtype: torch.dtype
 
 def squared_moment(
     block: GradientBlock, basis: KroneckerBlock, weights: Float[Tensor, " b"] | None, dtype: torch.dtype
-) -> Float64[Tensor, "R C"]:
+) -> Float64[Tensor, "r c"]:
     """Σ_i w_i Σ_q X_iq² of a batch: n times the eigenvalues of EK-FAC (George et al. 2018, eq. 7)."""
     if not isinstance(block, FanBlock):
         return rotated(block, basis, dtype).moment(weights)

@@ -86,8 +86,7 @@ class Kronecker(FactoredSketch):
         fed: dict[int, Tensor] = {}
         for out, terms in parts:
             for term in terms:
-                P_E = self._factor(at, 0, self.m_e, term.row.k, out)
-                P_A = self._factor(at, 1, self.m_a, term.column.k + bias, out)
+                P_E, P_A = self.factors(at, term.row.k, term.column.k + bias, out)
                 step = max(1, CHUNK_ELEMENTS // (term.row.t * (term.row.k + term.column.k + self.m_a + self.m_e)))
                 if term.row.n <= step:
                     if id(term.column) not in fed:
@@ -98,6 +97,18 @@ class Kronecker(FactoredSketch):
                     last = min(first + step, term.row.n)
                     columns = self._fed(term.column.rows(first, last), P_A, bias)
                     self._add_products(out[first:last], term.row.rows(first, last).products(P_E.T), columns)
+
+    def factors(
+        self, at: int, rows: int, width: int, like: Tensor
+    ) -> tuple[Float[Tensor, "e R"], Float[Tensor, "a W"]]:
+        """(P_E, P_A) of the layer at this first column, in the dtype and on the device of `like`.
+
+        Args:
+            at: the layer's first column in its block.
+            rows: R.
+            width: C, with one more for a bias.
+        """
+        return self._factor(at, 0, self.m_e, rows, like), self._factor(at, 1, self.m_a, width, like)
 
     def _fed(self, factor: Factor, P_A: Float[Tensor, "a W"], bias: bool) -> Float[Tensor, "n t a"]:
         """P_A ã."""
@@ -114,8 +125,7 @@ class Kronecker(FactoredSketch):
         self, out: Float[Tensor, "n m"], weights: Float[Tensor, "n R C"], bias: Float[Tensor, "n R"] | None, at: int
     ) -> None:
         R, C = weights.shape[1:]
-        P_E = self._factor(at, 0, self.m_e, R, out)
-        P_A = self._factor(at, 1, self.m_a, C + (bias is not None), out)
+        P_E, P_A = self.factors(at, R, C + (bias is not None), out)
         sums = out.unflatten(1, (self.m_e, self.m_a))
         if R * self.m_a * (C + self.m_e) <= C * self.m_e * (R + self.m_a):
             columns = weights @ P_A[:, :C].T
@@ -128,8 +138,7 @@ class Kronecker(FactoredSketch):
                 sums += (bias @ P_E.T)[:, :, None] * P_A[:, C]
 
     def _lifted(self, values: Float[Tensor, "k m"], layer: LayerMatrix) -> Float[Tensor, "k R W"]:
-        P_E = self._factor(layer.at, 0, self.m_e, layer.rows, values)
-        P_A = self._factor(layer.at, 1, self.m_a, layer.width, values)
+        P_E, P_A = self.factors(layer.at, layer.rows, layer.width, values)
         return P_E.T @ values.unflatten(1, (self.m_e, self.m_a)) @ P_A
 
     def _factor(self, at: int, side: int, rows: int, columns: int, like: Tensor) -> Float[Tensor, "r c"]:

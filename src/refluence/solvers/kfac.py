@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,11 +20,14 @@ from refluence.curvature.layer_factors import (
     layers_of,
     sides_of,
 )
+from refluence.curvature.sketched_factors import FactorSketch
 from refluence.errors import PlanError
 from refluence.gradients.blocks import CHUNK_ELEMENTS, GradientBlock, ZeroBlock, accumulation_dtype
 from refluence.progress import track
+from refluence.sketches import Kronecker, Sketch
 from refluence.solvers.cost import Cost, Workload
 from refluence.solvers.kronecker_state import KroneckerState
+from refluence.solvers.projection import block_sketches
 
 SHARINGS = ("expand", "reduce")
 EIGENVECTORS_WORK = 27.0
@@ -46,11 +50,16 @@ class KroneckerSolver(ABC):
             taken whole up to so many parameters, beyond it by its diagonal. Both are listed in the diagnostics.
         factor_limit: the most inputs or outputs of a layer whose covariance is formed; a larger layer counts as one
             without a Kronecker form.
+        sketch: a `Kronecker`, P_E ⊗ P_A for each layer, whose factors become P_E E P_Eᵀ and P_A A P_Aᵀ and its scores
+            (Pv)ᵀ(PCPᵀ+μI)⁻¹(Pg), as published, without error bars (arXiv 2602.10449, Thm 6). Factors of
+            size m_e and m_a are then all that is formed, so that no layer is too large; a factor that has fewer rows
+            or columns than that is kept as it is by an orthogonal sketch.
     """
 
     sharing: str = "expand"
     dense_limit: int = 1024
     factor_limit: int = 8192
+    sketch: Sketch | None = None
 
     needs_rows: ClassVar[bool] = True
 
@@ -61,6 +70,11 @@ class KroneckerSolver(ABC):
         for limit in ("dense_limit", "factor_limit"):
             if getattr(self, limit) < 0:
                 raise PlanError(f"{name}: {limit} must not be negative, it is {getattr(self, limit)}")
+        if self.sketch is not None and not isinstance(self.sketch, Kronecker):
+            raise PlanError(
+                f"{name}: sketch must be a rf.sketches.Kronecker, which keeps the factors apart, not "
+                f"{type(self.sketch).__name__}; any sketch of whole gradients goes with rf.solvers.Sketched"
+            )
 
     @property
     @abstractmethod
@@ -75,13 +89,17 @@ class KroneckerSolver(ABC):
         """
         outer = self._with_rows(curvature)
         layers = layers_of(outer.features.capture)
-        return KroneckerState(outer, layers, _blocks(outer, layers, self), self.updated)
+        return KroneckerState(outer, layers, _blocks(outer, layers, self), self._whole_traces)
 
     def restore(self, curvature: Curvature, tensors: dict[str, Tensor]) -> KroneckerState:
         """The state from what it exported."""
         outer = self._with_rows(curvature)
         layers = layers_of(outer.features.capture)
-        return KroneckerState(outer, layers, _exported(tensors, layers), self.updated)
+        return KroneckerState(outer, layers, _exported(tensors, layers), self._whole_traces)
+
+    @property
+    def _whole_traces(self) -> bool:
+        return self.updated and self.sketch is None
 
     def _with_rows(self, curvature: Curvature) -> OuterCurvature:
         if not isinstance(curvature, OuterCurvature):
@@ -104,6 +122,10 @@ class KroneckerSolver(ABC):
         sides = [(d, d**0.5) for d in w.dimensions.values()]
         eigen = sum(2 * EIGENVECTORS_WORK * side**3 / 3 for _, side in sides)
         rows = w.n * w.q * sum(2.0 * d for d, _ in sides)
+        if isinstance(self.sketch, Kronecker):
+            own = self.sketch.m_e, self.sketch.m_a
+            eigen = sum(EIGENVECTORS_WORK * min(m, side) ** 3 / 3 for _, side in sides for m in own)
+            rows = w.n * w.q * sum(side * min(m, side) + min(m, side) ** 2 for _, side in sides for m in own)
         updates = w.n * w.q * sum(3.0 * d for d, _ in sides) if self.updated else 0.0
         scores = w.dot_work + sum((w.n + w.tests * (2 * side + 1)) * 2 * d for d, side in sides)
         return Cost(
@@ -157,10 +179,12 @@ class Ekfac(KroneckerSolver):
 
 def _blocks(curvature: OuterCurvature, layers: tuple[Layer, ...], solver: KroneckerSolver) -> list[KroneckerBlock]:
     dtype = accumulation_dtype(curvature.features.dtype)
+    sketches = _factor_sketches(curvature, layers, solver, dtype)
     found = {
         layer: kronecker_block(factors, curvature.n, dtype)
-        for layer, factors in _covariances(curvature, layers, solver).items()
+        for layer, factors in _covariances(curvature, layers, solver, sketches).items()
     }
+    found |= {layer: sketches[layer].lift(block) for layer, block in found.items() if layer in sketches}
     whole = [layer for layer in layers if layer not in found and layer.d <= solver.dense_limit]
     diagonal = [layer for layer in layers if layer not in found and layer not in whole]
     updated = [layer for layer in found if solver.updated and found[layer].kind == "kronecker"]
@@ -199,17 +223,42 @@ def _blocks(curvature: OuterCurvature, layers: tuple[Layer, ...], solver: Kronec
     return [found[layer] for layer in layers]
 
 
+def _candidates(layers: tuple[Layer, ...]) -> list[Layer]:
+    """Layers whose gradients are sums of outer products."""
+    return [layer for layer in layers if layer.route.kind == "outer" and layer.owner.weight is not None]
+
+
+def _factor_sketches(
+    curvature: OuterCurvature, layers: tuple[Layer, ...], solver: KroneckerSolver, dtype: torch.dtype
+) -> dict[Layer, FactorSketch]:
+    if not isinstance(solver.sketch, Kronecker):
+        return {}
+    own = block_sketches(solver.sketch, curvature.groups)
+    like = torch.empty(0, dtype=dtype, device=curvature.device)
+    found = {}
+    for layer in _candidates(layers):
+        matrix = next(m for m in curvature.rows.matrices(layer.group) if m.at == layer.stretches[0][2])
+        P_E, P_A = own[layer.group].factors(matrix.at, matrix.rows, matrix.width, like)
+        found[layer] = FactorSketch(P_E, P_A, matrix.bias)
+    return found
+
+
 def _covariances(
-    curvature: OuterCurvature, layers: tuple[Layer, ...], solver: KroneckerSolver
+    curvature: OuterCurvature,
+    layers: tuple[Layer, ...],
+    solver: KroneckerSolver,
+    sketches: Mapping[Layer, FactorSketch],
 ) -> dict[Layer, Covariances]:
-    """Of the layers that have factors in every batch, and small enough ones."""
-    candidates = [layer for layer in layers if layer.route.kind == "outer" and layer.owner.weight is not None]
+    """Of the layers that have factors in every batch, and small or sketched ones."""
+    candidates = _candidates(layers)
     found: dict[Layer, Covariances] = {}
     without: set[Layer] = set()
     for start, factors in factored_batches(curvature, candidates):
         for layer, parts in factors.items():
             if layer in without:
                 continue
+            if parts is not None and layer in sketches:
+                parts = sketches[layer].project(parts)
             if parts is None or max(sides_of(parts)) > solver.factor_limit:
                 without.add(layer)
                 continue

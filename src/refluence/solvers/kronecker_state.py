@@ -92,8 +92,8 @@ class KroneckerState(OperatorState):
         """1/(Λ+μ)."""
         values = basis.values
         if shift == 0:
-            floor = basis.d * torch.finfo(self.product_dtype).eps * float(values.max())
-            refuse_singular(int((values > floor).sum()), basis.d, layer.group)
+            floor = values.numel() * torch.finfo(self.product_dtype).eps * float(values.max())
+            refuse_singular(int((values > floor).sum()), values.numel(), layer.group)
         return 1.0 / (values + shift)
 
     def solve(self, vectors: Vectors, shifts: Shifts) -> Solution:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,8 @@ from refluence.curvature import Curvature, OuterCurvature
 from refluence.gradients.blocks import accumulation_dtype
 from refluence.gradients.rows import GradientRows
 from refluence.sketches import Sketch
+
+S = TypeVar("S", bound=Sketch)
 
 LIFTED_ROWS = 256
 PANEL = 256
@@ -74,7 +77,7 @@ def curvature_sketches(sketch: Sketch, curvature: Curvature) -> dict[str, Sketch
     return {block: own.on(curvature.rows.matrices(block)) for block, own in sketches.items()}
 
 
-def block_sketches(sketch: Sketch, groups: Sequence[str]) -> dict[str, Sketch]:
+def block_sketches(sketch: S, groups: Sequence[str]) -> dict[str, S]:
     """A sketch for each block, independent of the others and of other seeds' ones; a single block has `sketch`."""
     if len(groups) == 1:
         return {groups[0]: sketch}
