@@ -24,6 +24,7 @@ import refluence as rf
 from benchmarks.inputs import Inputs
 from benchmarks.lds import Table, first_seed, reported
 from refluence import evaluation
+from refluence.errors import SketchSizeError
 from refluence.evaluation.tuning import tune_damping
 from refluence.zoo import load_benchmark
 
@@ -42,8 +43,8 @@ def ours(
     solver: rf.solvers.Solver, curvature: str, task: rf.Task, train: Any, test: Any, truth: evaluation.GroundTruth
 ) -> dict[str, Any]:
     """One of our sketches with the damping that is best on the held-out tenth."""
-    influence = rf.Influence(task, curvature, solver, DAMPINGS[0], blocks="module").fit(train)
-    tuned = tune_damping(influence, test, truth, DAMPINGS)
+    influence = rf.Influence(task, curvature, solver, DAMPINGS[-1], blocks="module").fit(train)
+    tuned = tune_damping(influence, test, truth, [damping for damping in DAMPINGS if possible(influence, damping)])
     found = reported(tuned.scores, truth, tuned.reported_rows)
     return found | {"damping": tuned.damping, "at_edge": tuned.at_edge, "chosen_rows": tuned.chosen_rows}
 
