@@ -104,17 +104,20 @@ def test_every_epoch_has_every_row_once_and_does_not_depend_on_where_it_is_taken
 @pytest.fixture(scope="module")
 def panel(tmp_path_factory, images):
     out = tmp_path_factory.mktemp("panel") / "cnn"
-    options = ConvolutionalOptions(n=60, steps=40, top=4, damping=30.0)
+    options = ConvolutionalOptions(n=60, steps=200, top=4, damping=3.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("refluence.studies.leave_one_out.convolutional.load_images", lambda options: images)
         return out, options, run_convolutional(options, out, progress=False)
 
 
-def test_under_strong_damping_refits_do_what_the_hessian_predicts(panel):
+def test_refits_do_to_first_order_what_the_hessian_predicts_and_the_ggn_less_so(panel):
+    """At a damping at which they differ; under ten times as much all agree."""
     _, _, summary = panel
     assert summary["refits_converged"] == 4
     assert summary["cg"]["pearson"] > 0.999
-    assert summary["cg"]["slope"] == pytest.approx(1, abs=0.1)
+    assert summary["cg"]["slope"] == pytest.approx(0.91, abs=0.05)
+    assert summary["ggn"]["pearson"] < summary["cg"]["pearson"]
+    assert summary["ggn"]["rmse_over_sd"] > 2 * summary["cg"]["rmse_over_sd"]
 
 
 def test_it_writes_what_every_study_writes(panel):

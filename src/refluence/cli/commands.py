@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from refluence._version import __version__
 from refluence.cli import options as o
-from refluence.cli import projection_theory, projection_utility  # noqa: F401  (they add commands to `study`)
+from refluence.cli import projection  # noqa: F401  (it adds commands to `study`)
 from refluence.cli.data import app as data_app
 from refluence.cli.root import Command, Root, examples
 from refluence.cli.study import app as study_app

@@ -2,229 +2,226 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from importlib import import_module
+from inspect import Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from refluence.cli import options as o
+from refluence.cli.projection_options import DAMPINGS, FACTORS, GRID, OPTIONS, RUN, SKETCHES, TRAINED, UTILITY
 from refluence.cli.root import examples
 from refluence.cli.study import StudyCommand, app
 
-if TYPE_CHECKING:
-    from refluence.studies.projection.grid import Dampings, Sizes, Sketching
-    from refluence.studies.projection.problem import ProblemOptions
-
-_WHAT, _SKETCH, _GRID, _RUN = "What to study", "Sketches", "The grid", "How it runs"
+Summary = Mapping[str, Any]
 
 
-class ProjectionName(StrEnum):
-    """The random projections of the published scripts."""
-
-    NORMAL = "normal"
-    RADEMACHER = "rademacher"
-    SJLT = "sjlt"
-
-
-class OffloadName(StrEnum):
-    """Where projected rows are kept."""
-
-    NONE = "none"
-    CPU = "cpu"
-    DISK = "disk"
-
-
-class TestModeName(StrEnum):
-    """Which scores are compared."""
-
-    SELF = "self"
-    TEST = "test"
-
-
-def option(name: str, text: str, panel: str, **more: Any) -> Any:
-    """An option with its help, in a panel."""
-    return typer.Option(f"--{name}", help=text, rich_help_panel=panel, **more)
-
-
-Dataset = Annotated[str, option("dataset", "mnist, cifar2, maestro, digits, or another built-in set.", _WHAT)]
-Model = Annotated[str, option("model", "lr, mlp, resnet9, musictransformer, …", _WHAT)]
-NumTestGrads = Annotated[int, option("num-test-grads", "Test gradients.", _WHAT, min=1)]
-NTrain = Annotated[int | None, option("n-train", "Train rows; default the published number.", _WHAT, min=2)]
-NTest = Annotated[int | None, option("n-test", "Test rows; default the published number.", _WHAT, min=1)]
-Epochs = Annotated[int | None, option("epochs", "Of training; default the recipe's.", _WHAT, min=1)]
-ModelSeed = Annotated[int, option("model-seed", "Of training.", _WHAT, min=0)]
-Dtype = Annotated[o.DtypeName, option("dtype", "Of the gradients; inner products are float64 always.", _WHAT)]
-RankCut = Annotated[
-    float, option("rank-cut", "Eigenvalues above this share of the largest count for τ_0.", _WHAT, min=0.0, max=0.99)
-]
-MinDLambda = Annotated[
-    float, option("min-d-lambda", "Leave out dampings of a smaller effective dimension.", _WHAT, min=0.0)
-]
-ProjType = Annotated[ProjectionName, option("proj-type", "The random projection.", _SKETCH)]
-GramSpace = Annotated[
-    bool,
-    typer.Option(
-        "--gram-space/--no-gram-space",
-        help="Draw normal sketches of the Gram matrix (the same law), or of the gradients.",
-        rich_help_panel=_SKETCH,
-    ),
-]
-NumTrials = Annotated[int, option("num-trials", "Independent sketches of each size.", _SKETCH, min=1)]
-Seed = Annotated[int, option("seed", "Of the first trial's sketch and of splits.", _SKETCH, min=0)]
-MinExp = Annotated[int, option("m-exp-min", "Smallest size, 2 to this power.", _GRID, min=0)]
-MaxExp = Annotated[int, option("m-exp-max", "Largest size, 2 to this power; d and more are left out.", _GRID, min=0)]
-MSteps = Annotated[int, option("m-steps", "Sizes, equally spaced in log m; 0: every power of two.", _GRID, min=0)]
-LambdaMin = Annotated[int, option("lambda-exp-min", "Smallest λ, 10 to this power.", _GRID)]
-LambdaMax = Annotated[int, option("lambda-exp-max", "Largest λ, 10 to this power.", _GRID)]
-LambdaSteps = Annotated[
-    int, option("lambda-steps", "Dampings, equally spaced in log λ; 0: every power of ten.", _GRID, min=0)
-]
-Offload = Annotated[
-    OffloadName,
-    option("offload", "Where the rows that a projection of the gradients gives are kept between sizes.", _RUN),
-]
-CacheDir = Annotated[
-    Path | None,
-    option("cache-dir", "Folder for spectra that studies share, and for --offload disk.", _RUN, file_okay=False),
-]
-BatchSize = Annotated[int, option("batch-size", "Rows a forward pass; changes no number.", _RUN, min=1)]
-Device = Annotated[str | None, option("device", "cpu, cuda, cuda:1; default cpu.", _RUN)]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        "--output-dir",
-        help="Folder for the results; default results/STUDY/DATASET_MODEL_….",
-        file_okay=False,
-        rich_help_panel=_RUN,
-    ),
-]
-
-
-def problem_options(**given: Any) -> ProblemOptions:
-    """The problem that the options name."""
-    from refluence.studies.projection.problem import ProblemOptions
-
-    return ProblemOptions(**{**given, "dtype": given["dtype"].value})
-
-
-def grid_options(m: tuple[int, int, int], dampings: tuple[int, int, int]) -> tuple[Sizes, Dampings]:
-    """The sizes and dampings that the options name."""
-    from refluence.studies.projection.grid import Dampings, Sizes
-
-    return Sizes(*m), Dampings(*dampings)
-
-
-def sketching_options(
-    proj_type: ProjectionName, num_trials: int, seed: int, gram_space: bool, offload: OffloadName
-) -> Sketching:
-    """The sketches that the options name."""
-    from refluence.studies.projection.grid import Sketching
-
-    return Sketching(proj_type.value, num_trials, seed, gram_space, offload.value)
-
-
-def place(out: Path | None, study: str, *parts: str) -> Path:
-    """The folder of the results."""
-    return out or Path("results") / study / "_".join(parts)
-
-
-@app.command(
-    "spectrum-bounds",
-    cls=StudyCommand,
-    epilog=examples(
-        ("refluence study spectrum-bounds --dataset digits --out sb", "a quick one, without a download"),
-        ("refluence study spectrum-bounds --model lr --test_mode test", "the paper's Figure 2, softmax regression"),
-        ("refluence study spectrum-bounds --proj_type sjlt --m_exp_max 12", "sparse sketches of the gradients"),
-    ),
-)
-def spectrum_bounds(
-    dataset: Dataset = "mnist",
-    model: Model = "mlp",
-    test_mode: Annotated[
-        TestModeName,
-        option("test-mode", "self: self-influence; test: every pair of a train and a test row.", _WHAT),
-    ] = TestModeName.SELF,
-    num_test_grads: NumTestGrads = 500,
-    min_d_lambda: MinDLambda = 1.0,
-    corrected: Annotated[
-        bool,
-        typer.Option(
-            "--corrected/--no-corrected",
-            help="Also the scores corrected for the damping that a sketch adds.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = True,
-    n_train: NTrain = None,
-    n_test: NTest = None,
-    epochs: Epochs = None,
-    model_seed: ModelSeed = 0,
-    dtype: Dtype = o.DtypeName.FLOAT64,
-    rank_cut: RankCut = 1e-10,
-    proj_type: ProjType = ProjectionName.NORMAL,
-    gram_space: GramSpace = True,
-    num_trials: NumTrials = 5,
-    seed: Seed = 42,
-    m_exp_min: MinExp = 2,
-    m_exp_max: MaxExp = 20,
-    m_steps: MSteps = 0,
-    lambda_exp_min: LambdaMin = -8,
-    lambda_exp_max: LambdaMax = 2,
-    lambda_steps: LambdaSteps = 0,
-    offload: Offload = OffloadName.CPU,
-    cache_dir: CacheDir = None,
-    batch_size: BatchSize = 256,
-    device: Device = None,
-    out: Out = None,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+def add_study(
+    name: str,
+    settings: str,
+    text: str,
+    options: Sequence[str],
+    columns: Mapping[str, str],
+    note: Callable[[Summary], str],
+    *lines: tuple[str, str],
+    **defaults: Any,
 ) -> None:
-    """Error of sketched scores against m/d_λ (Figures 1 and 2 of arXiv 2602.10449)."""
-    from refluence.studies.projection.spectrum_bounds import SpectrumBounds, run
+    """Add a study to the commands.
 
-    problem = problem_options(
-        dataset=dataset, model=model, n_train=n_train, n_test=n_test, num_test_grads=num_test_grads, epochs=epochs,
-        model_seed=model_seed, dtype=dtype, device=device, batch_size=batch_size, rank_cut=rank_cut,
-    )  # fmt: skip
-    sizes, dampings = grid_options((m_exp_min, m_exp_max, m_steps), (lambda_exp_min, lambda_exp_max, lambda_steps))
-    sketching = sketching_options(proj_type, num_trials, seed, gram_space, offload)
-    options = SpectrumBounds(problem, sketching, sizes, dampings, test_mode.value, min_d_lambda, corrected)
-    folder = place(out, "spectrum_bounds", dataset, model, proj_type.value, test_mode.value)
-    summary = run(options, folder, cache_dir=cache_dir, progress=not quiet)
-    if not quiet:
-        _print_spectrum(Console(), summary, folder)
+    Args:
+        name: of the command; with underscores, of its module.
+        settings: the class of its settings there.
+        text: its help.
+        options: names in `OPTIONS`, in the order of the help.
+        columns: the lists of the summary that are printed side by side, key → title; {measure} in a key is the
+            summary's, and a list that it has not is left out.
+        note: the sentence below, from the summary.
+        lines: examples, (command, what it does).
+        defaults: where they differ from those in `OPTIONS`.
+    """
 
+    def command(**given: Any) -> None:
+        summary, folder = repeat(name.replace("-", "_"), settings, given)
+        if not given["quiet"]:
+            keys = {key.format_map(summary): title for key, title in columns.items()}
+            print_columns(Console(), summary, {key: keys[key] for key in keys if summary.get(key) is not None})
+            last = f"{note(summary)}{summary['cpu_seconds']:.0f} s of CPU. Open {folder / 'report.html'}"
+            Console().print(last, highlight=False, soft_wrap=True)
 
-def _print_spectrum(console: Console, summary: dict[str, Any], out: Path) -> None:
-    measure = summary["measure"]
-    columns = {
-        "damping": "λ",
-        "effective_dimension": "d_λ",
-        f"{measure}_plateau": "plateau",
-        f"{measure}_over_plateau_at_10": "@10",
-        f"{measure}_over_plateau_at_100": "@100",
-        f"{measure}_bump": "bump",
-        f"{measure}_slope": "slope",
-        f"{measure}_corrected_over_plateau_at_10": "corr. @10",
-        f"{measure}_corrected_slope": "slope",
-    }
-    print_columns(console, summary, {key: title for key, title in columns.items() if key in summary})
-    console.print(
-        "@10, @100 and the bump: 95 % error at that m/d_λ, in plateaus (the error without any sketch). "
-        f"{summary['cpu_seconds']:.0f} s of CPU. Open {out / 'report.html'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    parameters = {option: OPTIONS[option] for option in options}
+    parameters |= {option: parameters[option].replace(default=value) for option, value in defaults.items()}
+    command.__signature__ = Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    app.command(name, cls=StudyCommand, help=text, epilog=examples(*lines))(command)
 
 
-def print_columns(console: Console, summary: dict[str, Any], columns: dict[str, str]) -> None:
+def repeat(study: str, settings: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+    """Run a study with the options of its command: its summary, and the folder of its results."""
+    module = import_module(f"refluence.studies.projection.{study}")
+    names = (given[name] for name in ("dataset", "model", "proj_type", "test_mode") if name in given)
+    folder = given["out"] or Path("results") / study / "_".join(names)
+    shared = {name: given[name] for name in ("cache_dir", "ground_truth") if name in given}
+    plain = {name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()}
+    chosen = getattr(module, settings)().with_values(plain)
+    return module.run(chosen, folder, **shared, progress=not given["quiet"]), folder
+
+
+def print_columns(console: Console, summary: Summary, columns: Mapping[str, str]) -> None:
     """Lists of a summary side by side."""
     from refluence.studies.projection.output import short
 
-    table = Table(*(title for title in columns.values()), box=None, pad_edge=False)
+    table = Table(*columns.values(), box=None, pad_edge=False)
     for values in zip(*(summary[key] for key in columns), strict=True):
         table.add_row(*map(short, values))
     console.print(table)
+
+
+add_study(
+    "spectrum-bounds",
+    "SpectrumBounds",
+    "Error of sketched scores against m/d_λ (Figures 1 and 2 of arXiv 2602.10449).",
+    ("dataset", "model", "test_mode", "num_test_grads", "min_d_lambda", "corrected", *SKETCHES, *GRID, "offload", *RUN),
+    {
+        "damping": "λ",
+        "effective_dimension": "d_λ",
+        "{measure}_plateau": "plateau",
+        "{measure}_over_plateau_at_10": "@10",
+        "{measure}_over_plateau_at_100": "@100",
+        "{measure}_bump": "bump",
+        "{measure}_slope": "slope",
+        "{measure}_corrected_over_plateau_at_10": "corr. @10",
+        "{measure}_corrected_slope": "slope",
+    },
+    lambda _: "@10, @100 and the bump: 95 % error at that m/d_λ, in plateaus (the error without any sketch). ",
+    ("refluence study spectrum-bounds --dataset digits --out sb", "a quick one, without a download"),
+    ("refluence study spectrum-bounds --model lr --test_mode test", "the paper's Figure 2, softmax regression"),
+    ("refluence study spectrum-bounds --proj_type sjlt --m_exp_max 12", "sparse sketches of the gradients"),
+)
+
+add_study(
+    "barrier",
+    "Barrier",
+    "Error of undamped scores against m over the rank (Theorem 1 of arXiv 2602.10449).",
+    ("dataset", "model", "num_test_grads", "ratio_max", "ratio_steps", *SKETCHES, "offload", *RUN),
+    {
+        "m": "m",
+        "lost": "directions lost",
+        "self_mean": "self-influence lost",
+        "self_max": "largest",
+        "eps_95": "95 % error",
+        "eps_max": "largest error",
+    },
+    lambda summary: f"Rank {summary['rank']}. ",
+    ("refluence study barrier --dataset digits --out barrier", "a quick one, without a download"),
+)
+
+
+def _of_factors(summary: Summary) -> str:
+    if "factorised_ratio_smallest" not in summary:
+        return ""
+    low, high = summary["factorised_ratio_smallest"], summary["factorised_ratio_largest"]
+    return f"Factorised: measured ÷ predicted {low:.3f} to {high:.3f}. "
+
+
+add_study(
+    "leakage",
+    "Leakage",
+    "Leakage of test gradients out of range, measured against predicted (Theorems 8 and 9 of arXiv 2602.10449).",
+    ("dataset", "model", "num_test_grads", "min_d_lambda", *FACTORS, *SKETCHES, *GRID, "offload", *RUN),
+    {
+        "damping": "λ",
+        "effective_dimension": "d_λ",
+        "ratio": "measured ÷ predicted",
+        "covered": "within 1.96",
+        "over_scores": "leakage ÷ scores",
+        "slope": "slope in m",
+    },
+    _of_factors,
+    ("refluence study leakage --dataset digits --out leakage", "a quick one, without a download"),
+    m_exp_min=5,
+    m_exp_max=12,
+    lambda_exp_min=-4,
+    lambda_exp_max=0,
+)
+
+add_study(
+    "certificate",
+    "CertificateStudy",
+    "Coverage of standard errors, certain bounds and order statistics over many sketches.",
+    ("dataset", "model", "num_test_grads", "dimension", "ratios", *SKETCHES, "offload", *RUN),
+    {
+        "m": "m",
+        "m_over_d": "m/d_κ",
+        "covered": "95 % intervals hold",
+        "spread": "error ÷ its error",
+        "error": "error ÷ scores",
+        "factor": "factor",
+        "bound": "certain ÷ scores",
+        "held": "order statistic holds",
+    },
+    lambda summary: f"{summary['violations']} of {summary['pairs']:,} pairs outside a certain bound. ",
+    ("refluence study certificate --dataset digits --num_trials 50 --out certificate", "a quick one"),
+    ("refluence study certificate --model lr --proj_type sjlt", "sparse sketches, softmax regression on MNIST"),
+    num_test_grads=200,
+    n_train=600,
+    num_trials=200,
+)
+
+add_study(
+    "factorized-edim",
+    "FactorizedEdim",
+    "Effective dimension of factorised and unstructured sketches by layer (Remark 7 of arXiv 2602.10449).",
+    ("dataset", "model", "compute_full_fisher", *TRAINED, *DAMPINGS, *RUN),
+    {
+        "damping": "λ",
+        "unstructured": "Σ d_λ(A⊗E)",
+        "factorised": "Σ of products",
+        "ratio": "ratio",
+        "full_fisher": "d_λ(F)",
+    },
+    lambda _: "",
+    ("refluence study factorized-edim --model mlp --compute_full_fisher", "with the whole Fisher too"),
+    model="lr",
+)
+
+add_study(
+    "hyperparam-selection",
+    "HyperparamSelection",
+    "λ by validation at a large m, then the smallest m that keeps the utility (Figure 4 of arXiv 2602.10449).",
+    ("dataset", "model", "num_test_grads", *UTILITY, "offload", *RUN),
+    {"m": "m", "validation_lds_by_m": "validation LDS", "test_lds_by_m": "test LDS"},
+    lambda summary: (
+        f"λ* = {summary['best_damping']:.3g} with d_λ* = {summary['effective_dimension']:.4g}; validation "
+        f"LDS {summary['validation_lds']:.4f}, test LDS {summary['test_lds']:.4f} at m = {summary['largest_size']}; "
+        f"m₉₅ = {summary['m_95']} = {summary['m_95_over_d']:.3g} d_λ*. "
+    ),
+    ("refluence study hyperparam-selection --dataset digits --out hs", "a quick one, without a download"),
+    ("refluence study hyperparam-selection --model lr --lambda_steps 50", "the paper's Figure 4"),
+    m_exp_min=5,
+)
+
+add_study(
+    "faithfulness-utility",
+    "FaithfulnessUtility",
+    "Error and LDS of every size and damping (Figure 3 of arXiv 2602.10449).",
+    ("dataset", "model", "faithfulness_threshold", "num_test_samples", "num_test_grads", *UTILITY, "offload", *RUN),
+    {
+        "m": "m",
+        "best_damping": "λ*",
+        "effective_dimension": "d_λ*",
+        "validation_lds": "validation LDS",
+        "test_lds": "test LDS",
+        "test_lds_at_own_damping": "at own λ",
+        "eps_95": "95 % error",
+        "gap_95": "by the gap",
+    },
+    lambda summary: (
+        f"The LDS falls {summary['lds_falls']} times from one size to the next, λ* rises "
+        f"{summary['damping_rises']} times. "
+    ),
+    ("refluence study faithfulness-utility --dataset digits --out fu", "a quick one, without a download"),
+    ("refluence study faithfulness-utility --model lr --lambda_steps 50", "the paper's Figure 3"),
+    m_exp_min=5,
+)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from refluence.cli import app
 from refluence.studies.projection import (
     barrier,
+    certificate,
     factorized_edim,
     faithfulness_utility,
     hyperparam_selection,
@@ -23,6 +24,7 @@ MODULES = {
     "factorized-edim": factorized_edim,
     "barrier": barrier,
     "leakage": leakage,
+    "certificate": certificate,
 }
 GRID = ["--m_exp_min=3", "--m_exp_max", "9", "--m_steps", "4", "--lambda_exp_min=-3", "--lambda_exp_max=1"]
 GRID += ["--lambda_steps", "7"]
@@ -40,8 +42,13 @@ def call(study, *arguments, code=0):
 def asked(monkeypatch):
     """(options, folder, keywords) of the studies that would be done, instead of doing them."""
     given = []
+
+    def run(options, out, **more):
+        given.append((options, out, more))
+        return {}
+
     for module in MODULES.values():
-        monkeypatch.setattr(module, "run", lambda options, out, **more: given.append((options, out, more)))
+        monkeypatch.setattr(module, "run", run)
     return given
 
 
@@ -82,7 +89,7 @@ def test_studies_of_utility_take_them_too(study, spelled, asked, tmp_path):
 def test_the_defaults_are_the_published_ones(asked):
     for study in MODULES:
         call(study, "--quiet")
-    spectrum, selection, utility, edim, _, _ = asked
+    spectrum, selection, utility, edim, _, _, certificates = asked
     for options, _, _ in (spectrum, selection, utility):
         problem, sketching = options.problem, options.sketching
         assert (problem.dataset, problem.model, problem.num_test_grads) == ("mnist", "mlp", 500)
@@ -97,6 +104,29 @@ def test_the_defaults_are_the_published_ones(asked):
     assert (utility[0].faithfulness_threshold, utility[0].num_test_samples) == (0.01, 500)
     assert (edim[0].problem.model, edim[0].compute_full_fisher) == ("lr", False)
     assert spectrum[1] == Path("results/spectrum_bounds/mnist_mlp_normal_self")
+    assert edim[1] == Path("results/factorized_edim/mnist_lr")
+    assert (certificates[0].dimension, certificates[0].ratios) == (60, (1.5, 2, 4, 8))
+
+
+@pytest.mark.parametrize("study", MODULES)
+def test_defaults_are_those_of_the_settings(study, asked):
+    """But for the model of factorized-edim, which is the published script's."""
+    call(study, "--quiet")
+    [(options, _, keywords)] = asked
+    assert options.record() == type(options)().record() | ({"model": "lr"} if study == "factorized-edim" else {})
+    assert keywords["cache_dir"] is None
+
+
+def test_theory_s_studies_take_their_own_options(asked):
+    call("barrier", "--ratio_max", "2", "--ratio-steps=3", "--quiet")
+    call("leakage", "--factor_rows", "9", "--factor_draws", "0", "--quiet")
+    call("certificate", "--dimension", "7", "--ratios", "1.5,3", "--n_train", "50", "--quiet")
+    call("factorized-edim", "--compute_full_fisher", "--dtype", "float32", "--quiet")
+    (lost, _, _), (leaked, _, _), (certified, _, _), (edim, _, _) = asked
+    assert (lost.ratio_max, lost.ratio_steps) == (2, 3)
+    assert (leaked.factors.factor_rows, leaked.factors.factor_draws) == (9, 0)
+    assert (certified.dimension, certified.ratios, certified.problem.n_train) == (7, (1.5, 3), 50)
+    assert (edim.compute_full_fisher, edim.problem.dtype) == (True, "float32")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +137,7 @@ def test_the_defaults_are_the_published_ones(asked):
         ("spectrum-bounds", ["--faithfulness_threshold", "1"], "No such option"),
         ("hyperparam-selection", ["--num_subsets", "2"], "--num-subsets"),
         ("barrier", ["--m_exp_max", "3"], "No such option"),
+        ("certificate", ["--ratios", "1.5;2"], "no list such as 1.5,2,4,8"),
     ],
 )
 def test_what_cannot_be_is_a_usage_error(study, arguments, message, asked):

@@ -99,7 +99,7 @@ def test_statistics_of_nothing_are_not_a_number():
 def test_slopes_and_places_of_a_power_law(slope, scale, points):
     x = np.geomspace(1, 1000, points)
     y = scale * x**slope
-    assert log_slope(x, y, 5) == pytest.approx(slope, abs=1e-9) or (x >= 5).sum() < 3
+    assert log_slope(x, y, 5) == pytest.approx(slope, abs=1e-9)
     assert interpolated(x, y, 20.0) == pytest.approx(scale * 20**slope, rel=1e-9)
     assert np.isnan(interpolated(x, y, 2000.0))
     assert np.isnan(log_slope(x, y, 900.0))

@@ -66,6 +66,7 @@ def test_what_lies_outside_is_what_no_train_gradient_has(spectral, gradients):
     outside = tests - tests @ basis.T @ basis
     assert_close(spectral.kernel_norms(), outside.norm(dim=1), rtol=1e-4, atol=1e-9)
     assert float(spectral.kernel_norms().max()) > 1e-3
+    assert_close(spectral.test_norms(), tests.norm(dim=1), rtol=1e-7, atol=0)
     assert_close(spectral.outside @ spectral.outside.T, outside @ outside.T, rtol=1e-5, atol=1e-8)
 
 

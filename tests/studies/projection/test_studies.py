@@ -145,6 +145,17 @@ def test_a_finished_study_computes_nothing(done, monkeypatch):
     assert _same(again, summary)
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_settings_come_back_from_their_record(name):
+    """But for what changes no number, which is not in it; names of other studies are left out."""
+    _, options = STUDIES[name]
+    plain = type(options)()
+    assert plain.record() != options.record()
+    again = plain.with_values(options.record() | {"of another study": 1})
+    assert again.record() == options.record()
+    assert again.problem.batch_size == plain.problem.batch_size != options.problem.batch_size
+
+
 def test_a_folder_of_other_settings_is_refused(done):
     out, _ = done("spectrum-bounds")
     other = spectrum_bounds.SpectrumBounds(OPTIONS, SKETCHING, SIZES, Dampings(-3, 1), "test")

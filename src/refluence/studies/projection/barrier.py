@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,29 @@ from scipy.linalg import qr
 from torch import Tensor
 
 from refluence.errors import DataError
-from refluence.studies.folder import StudyFolder
 from refluence.studies.page import Fact, Picture, StudyPage
 from refluence.studies.projection.errors import STATISTICS, statistics
-from refluence.studies.projection.grid import Sketching, SketchSource, measure_grid
-from refluence.studies.projection.output import GUIDE, MARK, PAPER, finish, new_figure, plot_with_band, short
-from refluence.studies.projection.problem import Problem, ProblemOptions
+from refluence.studies.projection.grid import Sketching
+from refluence.studies.projection.output import (
+    GUIDE,
+    MARK,
+    new_figure,
+    plot_with_band,
+    projection_page,
+    short,
+    table_of,
+)
 from refluence.studies.projection.spectral import Spectral
-from refluence.studies.projection.spectrum_bounds import make_source
+from refluence.studies.projection.study import Study, StudyOptions
 from refluence.studies.projection.system import SketchedSystem
 
-NAME = "barrier"
-FORMAT = 1
 INJECTIVE = 1e-8
 """Singular values of the sketched directions below this share of the largest count as lost."""
 FLOOR = 1e-16
 
 
 @dataclass(frozen=True)
-class Barrier:
+class Barrier(StudyOptions):
     """One run of the study.
 
     Args:
@@ -47,7 +50,8 @@ class Barrier:
         DataError: no sizes.
     """
 
-    problem: ProblemOptions = field(default_factory=ProblemOptions)
+    NAME = "barrier"
+
     sketching: Sketching = field(default_factory=Sketching)
     ratio_max: float = 1.2
     ratio_steps: int = 12
@@ -55,13 +59,6 @@ class Barrier:
     def __post_init__(self) -> None:
         if not (self.ratio_max > 0 and self.ratio_steps > 0):
             raise DataError(f"ratio_max and ratio_steps must be > 0, not {self.ratio_max!r} and {self.ratio_steps!r}")
-
-    def record(self) -> dict[str, Any]:
-        """All that the numbers depend on, JSON-able."""
-        sketching = asdict(self.sketching)
-        del sketching["offload"]
-        own = {"format": FORMAT, "ratio_max": self.ratio_max, "ratio_steps": self.ratio_steps}
-        return own | self.problem.record() | sketching
 
     def sizes(self, rank: int, d: int) -> list[int]:
         """Ascending, below d."""
@@ -139,19 +136,11 @@ def run(options: Barrier, out: Path, *, cache_dir: Path | None = None, progress:
     Raises:
         DataError: data that is not on this machine; a folder of something else or of other settings.
     """
-    begin = time.process_time()
-    folder = StudyFolder(Path(out), NAME, options.record())
-    folder.begin()
-    problem = Problem(options.problem, progress)
-    spectral = problem.spectral(folder, cache_dir)
-    rank, meter = spectral.cut, BarrierMeter(spectral)
-    sizes = options.sizes(rank, problem.parameters)
-
-    def source() -> SketchSource:
-        return make_source(problem, spectral, options.sketching, cache_dir)
-
+    study = Study.open(options, out, cache_dir, progress)
+    rank, meter = study.spectral.cut, BarrierMeter(study.spectral)
+    sizes = options.sizes(rank, study.problem.parameters)
     rows = []
-    for trial, m, stage in measure_grid(folder, source, options.sketching, sizes, meter.measure, progress):
+    for trial, m, stage in study.measure(options.sketching, sizes, meter.measure):
         found = stage.tensors
         rows.append(
             {
@@ -165,11 +154,9 @@ def run(options: Barrier, out: Path, *, cache_dir: Path | None = None, progress:
             }
         )
     results = pd.DataFrame(rows)
-    summary = summary_of(options.record() | problem.facts() | {"rank": rank}, results)
-    summary["cpu_seconds"] = time.process_time() - begin
+    summary = summary_of(study.facts(rank=rank), results)
     figures = {"barrier": barrier_figure(results)}
-    finish(folder, summary, results, figures, page_of(summary, figures["barrier"]))
-    return summary
+    return study.finish(summary, results, figures, page_of(summary, figures["barrier"]))
 
 
 def summary_of(facts: dict[str, Any], results: pd.DataFrame) -> dict[str, Any]:
@@ -178,7 +165,6 @@ def summary_of(facts: dict[str, Any], results: pd.DataFrame) -> dict[str, Any]:
     below = means[means.index < facts["rank"]]
     above = means[means.index >= facts["rank"]]
     return {
-        "study": NAME,
         **facts,
         "m": [int(m) for m in means.index],
         **{name: means[name].tolist() for name in ("lost", "self_mean", "self_max", "eps_95", "eps_max")},
@@ -199,18 +185,14 @@ def barrier_figure(results: pd.DataFrame) -> Figure:
         ("self_max", "largest", "#c8640f"),
     ):
         table = results.pivot(index="trial", columns="m_over_rank", values=column)
-        plot_with_band(
-            left, table.columns.to_numpy(), table.to_numpy(), color=color, marker="o", markersize=3, label=label
-        )
+        plot_with_band(left, table, color=color, marker="o", markersize=3, label=label)
     ends = np.array([0.0, 1.0])
     left.plot(ends, 1 - ends, color=GUIDE, linewidth=0.9, linestyle="--", label="1 − m/rank")
     left.set(xlabel="m ÷ rank", ylabel="share of τ₀(g, g) that is lost", ylim=(-0.03, 1.05))
     right.set_yscale("log")
     for column, label, color in (("eps_95", "95 %", "#0a5c9e"), ("eps_max", "largest", "#c8640f")):
         table = results.pivot(index="trial", columns="m_over_rank", values=column).clip(lower=FLOOR)
-        plot_with_band(
-            right, table.columns.to_numpy(), table.to_numpy(), color=color, marker="o", markersize=3, label=label
-        )
+        plot_with_band(right, table, color=color, marker="o", markersize=3, label=label)
     right.set(xlabel="m ÷ rank", ylabel="|error| ÷ √τ₀√τ₀ of pairs, λ = 0")
     for ax in (left, right):
         ax.axvline(1.0, color=MARK, linewidth=0.9, linestyle="--")
@@ -227,11 +209,8 @@ def page_of(summary: dict[str, Any], figure: Figure) -> StudyPage:
         "95 % error": "eps_95",
         "largest error": "eps_max",
     }
-    table = pd.DataFrame(
-        {title: [short(v) for v in summary[key]] for title, key in columns.items()},
-        index=pd.Index([f"{m:,}" for m in summary["m"]]),
-    )
-    return StudyPage(
+    table = table_of(summary, columns, "m")
+    return projection_page(
         title="Without damping, is there any small sketch?",
         lead=f"{summary['model']} on {summary['dataset']}: undamped scores of gradients in the range of the empirical "
         f"Fisher, whose rank is {summary['rank']:,}, over {summary['num_trials']} {summary['proj_type']} sketches.",
@@ -257,7 +236,5 @@ def page_of(summary: dict[str, Any], figure: Figure) -> StudyPage:
         ),
         table=table,
         table_caption="Means over trials; errors in units of √τ₀√τ₀. Below 1e-8 is rounding.",
-        source=PAPER,
-        findings_title="What the numbers say",
         row_name="m",
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,17 @@ from torch import Tensor
 
 from refluence.certificates.sampled import SampledCheck, needed_sample
 from refluence.errors import DataError
-from refluence.solvers.sketch_errors import standard_errors
-from refluence.studies.folder import StudyFolder
 from refluence.studies.page import Fact, Picture, StudyPage
-from refluence.studies.projection.grid import Sketching, SketchSource, measure_grid
-from refluence.studies.projection.output import GUIDE, PAPER, finish, new_figure, short
-from refluence.studies.projection.problem import Problem, ProblemOptions
+from refluence.studies.projection.grid import Sketching
+from refluence.studies.projection.output import GUIDE, new_figure, projection_page, short, table_of
+from refluence.studies.projection.problem import ProblemOptions
+from refluence.studies.projection.sketched_scores import SketchedScores
 from refluence.studies.projection.spectral import Spectral
-from refluence.studies.projection.spectrum_bounds import make_source
+from refluence.studies.projection.study import Study, StudyOptions
 from refluence.studies.projection.system import SketchedSystem
 from refluence.theory import corrected_damping, damping_for, sketch_variance_scale
 from refluence.theory.certified import certain_bounds
 
-NAME = "certificate"
-FORMAT = 1
 CONFIDENCE = 0.95
 SHARE = 0.9
 """Of the tests that the order statistic is to bound."""
@@ -42,7 +38,7 @@ COLUMNS = ("covered", "spread", "error", "factor", "bound", "violations", "held"
 
 
 @dataclass(frozen=True)
-class CertificateStudy:
+class CertificateStudy(StudyOptions):
     """One run of the study.
 
     Args:
@@ -55,6 +51,8 @@ class CertificateStudy:
         DataError: a dimension or ratio that is not above 0 and 1.
     """
 
+    NAME = "certificate"
+
     problem: ProblemOptions = field(default_factory=lambda: ProblemOptions(n_train=600, num_test_grads=200))
     sketching: Sketching = field(default_factory=lambda: Sketching(num_trials=200))
     dimension: float = 60.0
@@ -65,13 +63,6 @@ class CertificateStudy:
             raise DataError(f"dimension must be > 0, not {self.dimension!r}")
         if not self.ratios or not all(ratio > 1 for ratio in self.ratios):
             raise DataError(f"ratios must all be above 1, not {list(self.ratios)!r}: a sketch of d_κ rows has no κ")
-
-    def record(self) -> dict[str, Any]:
-        """All that the numbers depend on, JSON-able."""
-        sketching = asdict(self.sketching)
-        del sketching["offload"]
-        own = {"format": FORMAT, "dimension": self.dimension, "ratios": [float(ratio) for ratio in self.ratios]}
-        return own | self.problem.record() | sketching
 
     def sizes(self, rank: int) -> list[int]:
         """Ascending.
@@ -118,14 +109,9 @@ class CertificateMeter:
         """The numbers of one sketch."""
         assert system.left is not None
         rows, tests = system.left, system.right.T
-        values, vectors = torch.linalg.eigh(system.curvature)
-        values = values.clamp(min=0.0)
-        mu = corrected_damping(values, system.size, self.target)
-        left, right = tests @ vectors / (values + mu), rows @ vectors
-        scores = left @ right.T
-        right = right / (values + mu)
-        scale = sketch_variance_scale(values, system.size, mu)
-        errors = standard_errors(left @ right.T, left.square().sum(dim=1), right.square().sum(dim=1), scale)
+        sketched = SketchedScores.of(system)
+        mu = corrected_damping(sketched.values, system.size, self.target)
+        scores, errors = sketched.at(mu, sketch_variance_scale(sketched.values, system.size, mu))
         away = (scores - self.exact).abs()
         gram, across, norms = self._given
         certain = certain_bounds(gram, rows, across, tests, norms, self.target, mu)
@@ -168,30 +154,22 @@ def run(
     Raises:
         DataError: data that is not on this machine; a folder of something else or of other settings.
     """
-    begin = time.process_time()
-    folder = StudyFolder(Path(out), NAME, options.record())
-    folder.begin()
-    problem = Problem(options.problem, progress)
-    spectral = problem.spectral(folder, cache_dir)
+    study = Study.open(options, out, cache_dir, progress)
+    spectral = study.spectral
     target = damping_for(spectral.eigenvalues, options.dimension)
     meter = CertificateMeter(spectral, target)
-
-    def source() -> SketchSource:
-        return make_source(problem, spectral, options.sketching, cache_dir)
 
     sizes = options.sizes(spectral.rank)
     rows = [
         {"trial": trial, "m": m, **dict(zip(COLUMNS, stage.tensors["found"].tolist(), strict=True))}
-        for trial, m, stage in measure_grid(folder, source, options.sketching, sizes, meter.measure, progress)
+        for trial, m, stage in study.measure(options.sketching, sizes, meter.measure)
     ]
     results = pd.DataFrame(rows)
-    outside = spectral.kernel_norms() / (spectral.tests.square().sum(dim=1) + spectral.kernel_norms().square()).sqrt()
-    facts = problem.facts() | {"damping": target, "rank": spectral.rank, "outside": float(outside.median())}
-    summary = summary_of(options.record() | facts, results)
-    summary["cpu_seconds"] = time.process_time() - begin
+    outside = spectral.kernel_norms() / spectral.test_norms()
+    facts = study.facts(damping=target, rank=spectral.rank, outside=float(outside.median()))
+    summary = summary_of(facts, results)
     figures = {"coverage": coverage_figure(results, options.dimension)}
-    finish(folder, summary, results, figures, page_of(summary, figures["coverage"]))
-    return summary
+    return study.finish(summary, results, figures, page_of(summary, figures["coverage"]))
 
 
 def summary_of(facts: dict[str, Any], results: pd.DataFrame) -> dict[str, Any]:
@@ -199,7 +177,6 @@ def summary_of(facts: dict[str, Any], results: pd.DataFrame) -> dict[str, Any]:
     groups = results.groupby("m")
     means = groups.mean()
     return {
-        "study": NAME,
         **facts,
         "m": [int(m) for m in means.index],
         "m_over_d": [m / facts["dimension"] for m in means.index],
@@ -243,11 +220,8 @@ def page_of(summary: dict[str, Any], figure: Figure) -> StudyPage:
         "order statistic holds": "held",
         "bounds": "share",
     }
-    table = pd.DataFrame(
-        {title: [short(v, 4) for v in summary[key]] for title, key in columns.items()},
-        index=pd.Index([f"{m:,}" for m in summary["m"]]),
-    )
-    return StudyPage(
+    table = table_of(summary, columns, "m", 4)
+    return projection_page(
         title="Do certificates hold?",
         lead=f"{summary['model']} on {summary['dataset']}: {summary['num_trials']} {summary['proj_type']} sketches of "
         f"{summary['n']:,} train gradients, {summary['tests']} tests, damping with d_κ = {summary['dimension']:g}.",
@@ -277,7 +251,5 @@ def page_of(summary: dict[str, Any], figure: Figure) -> StudyPage:
         ),
         table=table,
         table_caption=f"Means over sketches. An order statistic of sampled tests is to bound {SHARE:.0%} of others.",
-        source=PAPER,
-        findings_title="What the numbers say",
         row_name="m",
     )

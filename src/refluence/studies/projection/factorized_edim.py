@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,17 @@ from refluence.curvature import OuterCurvature
 from refluence.curvature.build import make_curvature
 from refluence.curvature.layer_factors import Covariances, Layer, covariances, factored_batches, layers_of
 from refluence.errors import DataError
-from refluence.studies.folder import Stage, StudyFolder
+from refluence.studies.folder import Stage
 from refluence.studies.page import Fact, Picture, StudyPage
 from refluence.studies.projection.grid import Dampings
-from refluence.studies.projection.output import PAPER, finish, new_figure, power, series_colors, short
-from refluence.studies.projection.problem import Problem, ProblemOptions
+from refluence.studies.projection.output import new_figure, projection_page, series_colors, short, table_of
+from refluence.studies.projection.problem import Problem
+from refluence.studies.projection.study import Study, StudyOptions
 from refluence.theory import effective_dimension, factor_dampings, factor_dimensions, kronecker_dimension
-
-NAME = "factorized-edim"
-FORMAT = 1
 
 
 @dataclass(frozen=True)
-class FactorizedEdim:
+class FactorizedEdim(StudyOptions):
     """One run of the study.
 
     Args:
@@ -38,14 +35,10 @@ class FactorizedEdim:
         compute_full_fisher: also d_λ of the whole empirical Fisher, from its Gram matrix.
     """
 
-    problem: ProblemOptions = field(default_factory=ProblemOptions)
+    NAME = "factorized-edim"
+
     dampings: Dampings = field(default_factory=Dampings)
     compute_full_fisher: bool = False
-
-    def record(self) -> dict[str, Any]:
-        """All that the numbers depend on, JSON-able."""
-        own = {"format": FORMAT, "compute_full_fisher": self.compute_full_fisher}
-        return own | self.problem.record() | asdict(self.dampings)
 
 
 def run(options: FactorizedEdim, out: Path, *, cache_dir: Path | None = None, progress: bool = True) -> dict[str, Any]:
@@ -55,11 +48,8 @@ def run(options: FactorizedEdim, out: Path, *, cache_dir: Path | None = None, pr
         DataError: data that is not on this machine; a model without a layer that has Kronecker factors; a folder of
             something else or of other settings.
     """
-    begin = time.process_time()
-    folder = StudyFolder(Path(out), NAME, options.record())
-    folder.begin()
-    problem = Problem(options.problem, progress)
-    factors = folder.stage("factors", lambda: layer_spectra(problem))
+    study = Study.open(options, out, cache_dir, progress)
+    factors = study.folder.stage("factors", lambda: layer_spectra(study.problem))
     dampings = options.dampings.values()
     results = pd.DataFrame(
         [row for name in factors.facts["layers"] for row in layer_rows(name, factors, dampings)],
@@ -67,12 +57,10 @@ def run(options: FactorizedEdim, out: Path, *, cache_dir: Path | None = None, pr
     totals = results.groupby("damping")[["unstructured", "factorised"]].sum()
     full: list[float] | None = None
     if options.compute_full_fisher:
-        eigenvalues = problem.spectral(folder, cache_dir).eigenvalues
+        eigenvalues = study.spectral.eigenvalues
         full = [effective_dimension(eigenvalues, damping) for damping in dampings]
     summary: dict[str, Any] = {
-        "study": NAME,
-        **options.record(),
-        **problem.facts(),
+        **study.facts(),
         "layers": factors.facts["layers"],
         "layers_without_factors": factors.facts["without"],
         "damping": dampings,
@@ -83,10 +71,8 @@ def run(options: FactorizedEdim, out: Path, *, cache_dir: Path | None = None, pr
         "smallest_ratio_of_a_layer": float(results["ratio"].min()),
         "largest_ratio_of_a_layer": float(results["ratio"].max()),
     }
-    summary["cpu_seconds"] = time.process_time() - begin
     figures = {"dimensions": dimension_figure(results, summary)}
-    finish(folder, summary, results, figures, page_of(summary, results, figures["dimensions"]))
-    return summary
+    return study.finish(summary, results, figures, page_of(summary, results, figures["dimensions"]))
 
 
 def layer_spectra(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -183,17 +169,14 @@ def page_of(summary: Mapping[str, Any], results: pd.DataFrame, figure: Figure) -
     columns = {"Σ d_λ(A⊗E)": "unstructured", "Σ of products": "factorised", "ratio": "ratio"}
     if summary["full_fisher"] is not None:
         columns["d_λ(F)"] = "full_fisher"
-    table = pd.DataFrame(
-        {title: [short(v, 4) for v in summary[key]] for title, key in columns.items()},
-        index=pd.Index([power(v) for v in summary["damping"]]),
-    )
+    table = table_of(summary, columns, "damping", 4)
     for layer in summary["layers"]:
         rows = results[results["layer"] == layer]
         table[f"ratio of {layer}"] = [short(v) for v in rows["ratio"]]
-    return StudyPage(
+    return projection_page(
         title="What does a factorised sketch cost?",
         lead=f"{summary['model']} on {summary['dataset']}: a sketch P_A ⊗ P_E of a layer needs "
-        "d_{{λ_E}}(A)·d_{{λ_A}}(E) in place of d_λ(A⊗E), with λ_E = λ/‖E‖ and λ_A = λ/‖A‖.",
+        "d_{λ_E}(A)·d_{λ_A}(E) in place of d_λ(A⊗E), with λ_E = λ/‖E‖ and λ_A = λ/‖A‖.",
         facts=(
             Fact("Layers", str(len(summary["layers"])), "with Kronecker factors"),
             Fact(
@@ -227,7 +210,5 @@ def page_of(summary: Mapping[str, Any], results: pd.DataFrame, figure: Figure) -
         ),
         table=table,
         table_caption="Sums over the layers, and each layer's ratio.",
-        source=PAPER,
-        findings_title="What the numbers say",
         row_name="λ",
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,56 +12,30 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from refluence.studies.folder import StudyFolder
 from refluence.studies.page import Fact, Picture, StudyPage
 from refluence.studies.projection.errors import ErrorMeter
-from refluence.studies.projection.grid import Dampings, Sizes, Sketching, SketchSource, measure_grid
-from refluence.studies.projection.output import PAPER, finish, new_figure, plot_with_band, power, series_colors, short
-from refluence.studies.projection.problem import Problem, ProblemOptions
-from refluence.studies.projection.spectrum_bounds import make_source
+from refluence.studies.projection.output import new_figure, plot_with_band, power, projection_page, series_colors, short
+from refluence.studies.projection.study import Study
 from refluence.studies.projection.system import SketchedSystem
-from refluence.studies.projection.utility import Retraining, UtilityMeter
+from refluence.studies.projection.utility import UtilityMeter, UtilityOptions
 
-NAME = "faithfulness-utility"
-FORMAT = 1
 DROP = 0.01
 """A fall of the LDS by more counts as a violation of its growth with m, as published."""
 
 
 @dataclass(frozen=True)
-class FaithfulnessUtility:
-    """One run of the study.
+class FaithfulnessUtility(UtilityOptions):
+    """One run of the study, see `UtilityOptions`.
 
     Args:
-        problem: data set and model.
-        sketching: projection and trials; its seed splits the tests too.
-        sizes: m.
-        dampings: λ.
-        retraining: the ground truth, and the share of the tests on which λ is chosen.
         faithfulness_threshold: a 95 % error up to which scores count as faithful.
         num_test_samples: errors are measured on the first so many of the reported tests.
     """
 
-    problem: ProblemOptions = field(default_factory=ProblemOptions)
-    sketching: Sketching = field(default_factory=Sketching)
-    sizes: Sizes = field(default_factory=lambda: Sizes(m_exp_min=5))
-    dampings: Dampings = field(default_factory=Dampings)
-    retraining: Retraining = field(default_factory=Retraining)
+    NAME = "faithfulness-utility"
+
     faithfulness_threshold: float = 0.01
     num_test_samples: int = 500
-
-    def record(self) -> dict[str, Any]:
-        """All that the numbers depend on, JSON-able."""
-        sketching = asdict(self.sketching)
-        del sketching["offload"]
-        parts = (sketching, asdict(self.sizes), asdict(self.dampings), self.retraining.record())
-        return {
-            "format": FORMAT,
-            **self.problem.record(),
-            **{k: v for part in parts for k, v in part.items()},
-            "faithfulness_threshold": self.faithfulness_threshold,
-            "num_test_samples": self.num_test_samples,
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,36 +75,24 @@ def run(
     Raises:
         DataError: data that is not on this machine; a folder of something else or of other settings.
     """
-    begin = time.process_time()
-    folder = StudyFolder(Path(out), NAME, options.record())
-    folder.begin()
-    problem = Problem(options.problem, progress)
-    truth = options.retraining.truth(problem, folder, ground_truth, progress)
-    spectral = problem.spectral(folder, cache_dir)
-    validation, reported = options.retraining.split(len(problem.test[0]), options.sketching.seed)
-    dampings = tuple(options.dampings.values())
-    columns = reported[: options.num_test_samples]
-    errors = ErrorMeter(spectral.with_tests(columns), dampings, corrected=False)
-    meter = Meter(errors, UtilityMeter(truth, validation, reported, dampings), columns)
-
-    def source() -> SketchSource:
-        return make_source(problem, spectral, options.sketching, cache_dir)
-
-    sizes = options.sizes.below(problem.parameters)
+    study = Study.open(options, out, cache_dir, progress)
+    utility = options.meter(study, ground_truth)
+    columns = utility.reported[: options.num_test_samples]
+    errors = ErrorMeter(study.spectral.with_tests(columns), utility.dampings, corrected=False)
+    meter = Meter(errors, utility, columns)
+    sizes = options.sizes.below(study.problem.parameters)
     frames = []
-    for trial, m, stage in measure_grid(folder, source, options.sketching, sizes, meter.measure, progress):
+    for trial, m, stage in study.measure(options.sketching, sizes, meter.measure):
         frame = errors.frame({"plain": stage.tensors["errors"]}).drop(columns="corrected")
         frame["validation_lds"] = stage.tensors["validation"].numpy()
         frame["test_lds"] = stage.tensors["test"].numpy()
         frames.append(frame.assign(trial=trial, m=m))
     results = pd.concat(frames, ignore_index=True)
     results["faithful"] = results["eps_95"] <= options.faithfulness_threshold
-    facts = problem.facts() | {"validation_tests": len(validation), "reported_tests": len(reported)}
-    summary = summary_of(options.record() | facts, results)
-    summary["cpu_seconds"] = time.process_time() - begin
+    facts = study.facts(validation_tests=len(utility.validation), reported_tests=len(utility.reported))
+    summary = summary_of(facts, results)
     figures = {"faithfulness_utility": grid_figure(results, summary)}
-    finish(folder, summary, results, figures, page_of(summary, figures["faithfulness_utility"]))
-    return summary
+    return study.finish(summary, results, figures, page_of(summary, figures["faithfulness_utility"]))
 
 
 def summary_of(facts: dict[str, Any], results: pd.DataFrame) -> dict[str, Any]:
@@ -139,7 +100,7 @@ def summary_of(facts: dict[str, Any], results: pd.DataFrame) -> dict[str, Any]:
 
     `best_damping` is the best of the mean validation curve; `…_of_trials` has a list for each m, of each trial's own.
     """
-    summary: dict[str, Any] = {"study": NAME, **facts, "m": sorted(int(m) for m in results["m"].unique())}
+    summary: dict[str, Any] = {**facts, "m": sorted(int(m) for m in results["m"].unique())}
     keys = ("best_damping", "effective_dimension", "validation_lds", "test_lds", "eps_95", "gap_95", "faithful")
     found: dict[str, list[Any]] = {key: [] for key in (*keys, "best_damping_of_trials", "test_lds_of_trials")}
     for m in summary["m"]:
@@ -185,7 +146,7 @@ def grid_figure(results: pd.DataFrame, summary: dict[str, Any]) -> Figure:
         star = summary["best_damping"][place]
         for ax, column in ((top, "eps_95"), (bottom, "test_lds")):
             table = rows.pivot(index="trial", columns="damping", values=column)
-            plot_with_band(ax, table.columns.to_numpy(), table.to_numpy(), color=color, linewidth=1.2, label=f"{m:,}")
+            plot_with_band(ax, table, color=color, linewidth=1.2, label=f"{m:,}")
             ax.plot(
                 star, table[star].mean(), "*", color=color, markersize=10, markeredgecolor="black", markeredgewidth=0.4
             )
@@ -208,7 +169,7 @@ def page_of(summary: dict[str, Any], figure: Figure) -> StudyPage:
         },
         index=pd.Index([f"{m:,}" for m in summary["m"]]),
     )
-    return StudyPage(
+    return projection_page(
         title="Does a faithful sketch make useful scores?",
         lead=f"{summary['model']} on {summary['dataset']}: for every size and damping, how far sketched scores are "
         "from the exact ones, and how well they predict models retrained on halves of the data.",
@@ -249,7 +210,5 @@ def page_of(summary: dict[str, Any], figure: Figure) -> StudyPage:
         table=table,
         table_caption=f"λ* by validation on {summary['validation_tests']} tests, all else on the other "
         f"{summary['reported_tests']}; means over trials.",
-        source=PAPER,
-        findings_title="What the numbers say",
         row_name="m",
     )

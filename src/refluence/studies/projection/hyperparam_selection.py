@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +11,20 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from refluence.studies.folder import StudyFolder
 from refluence.studies.page import Fact, Picture, StudyPage
-from refluence.studies.projection.grid import Dampings, Sizes, Sketching, SketchSource, measure_grid
-from refluence.studies.projection.output import MARK, PAPER, finish, new_figure, plot_with_band, power, short
-from refluence.studies.projection.problem import Problem, ProblemOptions
-from refluence.studies.projection.spectrum_bounds import make_source
-from refluence.studies.projection.utility import Retraining, UtilityMeter, best_damping
+from refluence.studies.projection.output import MARK, new_figure, plot_with_band, power, projection_page, short
+from refluence.studies.projection.study import Study
+from refluence.studies.projection.utility import UtilityMeter, UtilityOptions, best_damping
 
-NAME = "hyperparam-selection"
-FORMAT = 1
 ENOUGH = 0.95
 """Share of the best utility that the smallest m must keep."""
 
 
 @dataclass(frozen=True)
-class HyperparamSelection:
-    """One run of the study.
+class HyperparamSelection(UtilityOptions):
+    """One run of the study, see `UtilityOptions`."""
 
-    Args:
-        problem: data set and model.
-        sketching: projection and trials; its seed splits the tests too.
-        sizes: m.
-        dampings: λ.
-        retraining: the ground truth, and the share of the tests on which λ is chosen.
-    """
-
-    problem: ProblemOptions = field(default_factory=ProblemOptions)
-    sketching: Sketching = field(default_factory=Sketching)
-    sizes: Sizes = field(default_factory=lambda: Sizes(m_exp_min=5))
-    dampings: Dampings = field(default_factory=Dampings)
-    retraining: Retraining = field(default_factory=Retraining)
-
-    def record(self) -> dict[str, Any]:
-        """All that the numbers depend on, JSON-able."""
-        sketching = asdict(self.sketching)
-        del sketching["offload"]
-        parts = (sketching, asdict(self.sizes), asdict(self.dampings), self.retraining.record())
-        return {"format": FORMAT, **self.problem.record(), **{k: v for part in parts for k, v in part.items()}}
+    NAME = "hyperparam-selection"
 
 
 def run(
@@ -65,22 +40,14 @@ def run(
     Raises:
         DataError: data that is not on this machine; a folder of something else or of other settings.
     """
-    begin = time.process_time()
-    folder = StudyFolder(Path(out), NAME, options.record())
-    folder.begin()
-    problem = Problem(options.problem, progress)
-    truth = options.retraining.truth(problem, folder, ground_truth, progress)
-    spectral = problem.spectral(folder, cache_dir)
-    validation, reported = options.retraining.split(len(problem.test[0]), options.sketching.seed)
-    dampings = tuple(options.dampings.values())
-    sizes = options.sizes.below(problem.parameters)
-
-    def source() -> SketchSource:
-        return make_source(problem, spectral, options.sketching, cache_dir)
+    study = Study.open(options, out, cache_dir, progress)
+    every = options.meter(study, ground_truth)
+    dampings = every.dampings
+    sizes = options.sizes.below(study.problem.parameters)
 
     def rows(meter: UtilityMeter, part: str, some: list[int]) -> pd.DataFrame:
         """One row a trial, size and damping."""
-        grid = measure_grid(folder, source, options.sketching, sizes, meter.measure, progress, part, some)
+        grid = study.measure(options.sketching, sizes, meter.measure, part=part, only=some)
         return pd.concat(
             [
                 pd.DataFrame(
@@ -92,27 +59,24 @@ def run(
             ignore_index=True,
         )
 
-    every = UtilityMeter(truth, validation, reported, dampings)
     sweep = rows(every, "lambda_sweep", sizes[-1:]).assign(sweep="lambda")
     mean = sweep.groupby("damping")["validation_lds"].mean()
     chosen = dampings[best_damping(dampings, torch.tensor(mean.loc[list(dampings)].to_numpy()))]
-    at_chosen = UtilityMeter(truth, validation, reported, (chosen,))
+    at_chosen = replace(every, dampings=(chosen,))
     small = rows(at_chosen, f"m_sweep_{chosen:.6e}", sizes[:-1]) if len(sizes) > 1 else sweep.iloc[:0]
     m_sweep = pd.concat([small, sweep[sweep["damping"] == chosen].drop(columns="sweep")]).assign(sweep="m")
     results = pd.concat([sweep, m_sweep], ignore_index=True)
-    exact = every.exact(spectral)
-    facts = problem.facts() | {
-        "validation_tests": len(validation),
-        "reported_tests": len(reported),
-        "largest_size": sizes[-1],
-        "exact_validation_lds": exact["validation"].tolist(),
-        "exact_test_lds": exact["test"].tolist(),
-    }
-    summary = summary_of(options.record() | facts, results, chosen, spectral.dimension(chosen))
-    summary["cpu_seconds"] = time.process_time() - begin
+    exact = every.exact(study.spectral)
+    facts = study.facts(
+        validation_tests=len(every.validation),
+        reported_tests=len(every.reported),
+        largest_size=sizes[-1],
+        exact_validation_lds=exact["validation"].tolist(),
+        exact_test_lds=exact["test"].tolist(),
+    )
+    summary = summary_of(facts, results, chosen, study.spectral.dimension(chosen))
     figures = {"selection": selection_figure(results, summary)}
-    finish(folder, summary, results, figures, page_of(summary, figures["selection"]))
-    return summary
+    return study.finish(summary, results, figures, page_of(summary, figures["selection"]))
 
 
 def summary_of(facts: dict[str, Any], results: pd.DataFrame, chosen: float, dimension: float) -> dict[str, Any]:
@@ -121,7 +85,7 @@ def summary_of(facts: dict[str, Any], results: pd.DataFrame, chosen: float, dime
     Standard deviations are over trials.
     """
     sweep, by_size = results[results["sweep"] == "lambda"], results[results["sweep"] == "m"]
-    summary: dict[str, Any] = {"study": NAME, **facts}
+    summary: dict[str, Any] = {**facts}
     over_dampings, over_sizes = sweep.groupby("damping"), by_size.groupby("m")
     summary["damping"] = sorted(sweep["damping"].unique().tolist())
     summary["m"] = sorted(by_size["m"].unique().tolist())
@@ -156,10 +120,10 @@ def selection_figure(results: pd.DataFrame, summary: dict[str, Any]) -> Figure:
     left, right = axes[0]
     for part, color in (("validation", "#0a5c9e"), ("test", "#c8640f")):
         table = results[results["sweep"] == "lambda"].pivot(index="trial", columns="damping", values=f"{part}_lds")
-        plot_with_band(left, table.columns.to_numpy(), table.to_numpy(), color=color, linewidth=1.4, label=part)
+        plot_with_band(left, table, color=color, linewidth=1.4, label=part)
         table = results[results["sweep"] == "m"].pivot(index="trial", columns="m", values=f"{part}_lds")
-        x = table.columns.to_numpy() / summary["effective_dimension"]
-        plot_with_band(right, x, table.to_numpy(), color=color, linewidth=1.4, marker="o", markersize=3, label=part)
+        table.columns = table.columns / summary["effective_dimension"]
+        plot_with_band(right, table, color=color, linewidth=1.4, marker="o", markersize=3, label=part)
     left.plot(
         summary["damping"],
         summary["exact_validation_lds"],
@@ -194,7 +158,7 @@ def page_of(summary: dict[str, Any], figure: Figure) -> StudyPage:
         index=pd.Index([f"{m:,}" for m in summary["m"]]),
     )
     edge = " It lies at the edge of the grid." if summary["best_damping_at_edge"] else ""
-    return StudyPage(
+    return projection_page(
         title="Which damping, and then which sketch size?",
         lead=f"{summary['model']} on {summary['dataset']}: λ* has the best LDS on {summary['validation_tests']} "
         f"validation tests at m = {summary['largest_size']:,}; all else is reported on the other "
@@ -235,7 +199,5 @@ def page_of(summary: dict[str, Any], figure: Figure) -> StudyPage:
         ),
         table=table,
         table_caption="LDS at λ*, mean ± standard deviation over trials.",
-        source=PAPER,
-        findings_title="What the numbers say",
         row_name="m",
     )

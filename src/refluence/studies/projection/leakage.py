@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +13,37 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from refluence.errors import DataError
-from refluence.studies.folder import StudyFolder
 from refluence.studies.projection.factor_leakage import FactorGrid, factor_leakage
 from refluence.studies.projection.gaussian import GramGaussian
-from refluence.studies.projection.grid import Dampings, Sizes, Sketching, SketchSource, measure_grid
+from refluence.studies.projection.grid import Dampings, Sizes, Sketching, SketchSource
 from refluence.studies.projection.leakage_outcome import factor_figure, leakage_figure, page_of, summary_of
-from refluence.studies.projection.output import finish
-from refluence.studies.projection.problem import Problem, ProblemOptions
+from refluence.studies.projection.problem import Problem
 from refluence.studies.projection.projected import Projected
 from refluence.studies.projection.spectral import Spectral
-from refluence.studies.projection.spectrum_bounds import kept_dampings, make_source
+from refluence.studies.projection.spectrum_bounds import kept_dampings
+from refluence.studies.projection.study import GridOptions, Study, make_source
 from refluence.studies.projection.system import SketchedSystem
 
-NAME = "leakage"
-FORMAT = 1
 OUTSIDE = 1e-6
 """A test counts as out of range where ‖v_⊥‖ exceeds this share of ‖v‖."""
 NORMAL_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
-class Leakage:
-    """One run of the study.
+class Leakage(GridOptions):
+    """One run of the study, see `GridOptions`.
 
     Args:
-        problem: data set and model.
-        sketching: projection and trials.
-        sizes: m.
-        dampings: λ.
         min_d_lambda: dampings of a smaller effective dimension are left out.
         factors: of the factorised part.
     """
 
-    problem: ProblemOptions = field(default_factory=ProblemOptions)
-    sketching: Sketching = field(default_factory=Sketching)
+    NAME = "leakage"
+
     sizes: Sizes = field(default_factory=lambda: Sizes(m_exp_min=5, m_exp_max=12))
     dampings: Dampings = field(default_factory=lambda: Dampings(-4, 0))
     min_d_lambda: float = 1.0
     factors: FactorGrid = field(default_factory=FactorGrid)
-
-    def record(self) -> dict[str, Any]:
-        """All that the numbers depend on, JSON-able."""
-        sketching = asdict(self.sketching)
-        del sketching["offload"]
-        parts = (sketching, asdict(self.sizes), asdict(self.dampings), self.factors.record())
-        own = {"format": FORMAT, "min_d_lambda": self.min_d_lambda}
-        return own | self.problem.record() | {k: v for part in parts for k, v in part.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,26 +119,23 @@ def run(options: Leakage, out: Path, *, cache_dir: Path | None = None, progress:
         DataError: data that is not on this machine; a folder of something else or of other settings; no test gradient
             outside the range.
     """
-    begin = time.process_time()
-    folder = StudyFolder(Path(out), NAME, options.record())
-    folder.begin()
-    problem = Problem(options.problem, progress)
-    spectral = problem.spectral(folder, cache_dir)
-    whole = (spectral.tests.square().sum(dim=1) + spectral.kernel_norms().square()).sqrt()
-    outside = (spectral.kernel_norms() > OUTSIDE * whole).nonzero()[:, 0]
+    study = Study.open(options, out, cache_dir, progress)
+    spectral = study.spectral
+    whole, beyond = spectral.test_norms(), spectral.kernel_norms()
+    outside = (beyond > OUTSIDE * whole).nonzero()[:, 0]
     if len(outside) == 0:
         raise DataError("no test gradient has a part outside the range of the train gradients: take fewer train rows")
-    norms = spectral.kernel_norms()[outside]
+    norms = beyond[outside]
     dampings = tuple(kept_dampings(spectral, options.dampings.values(), options.min_d_lambda))
     meter = LeakageMeter(norms, dampings)
     exact = [float(spectral.scores(damping)[:, outside].square().mean().sqrt()) for damping in dampings]
 
     def source() -> SketchSource:
-        return _OfTests(kernel_source(problem, spectral, options.sketching, cache_dir), outside)
+        return _OfTests(kernel_source(study.problem, spectral, options.sketching, cache_dir), outside)
 
-    sizes = options.sizes.below(problem.parameters)
+    sizes = options.sizes.below(study.problem.parameters)
     rows, tests = [], []
-    for trial, m, stage in measure_grid(folder, source, options.sketching, sizes, meter.measure, progress):
+    for trial, m, stage in study.measure(options.sketching, sizes, meter.measure, source):
         found = stage.tensors
         for place, damping in enumerate(dampings):
             measured, predicted = found["measured"][place], found["predicted"][place]
@@ -185,20 +166,18 @@ def run(options: Leakage, out: Path, *, cache_dir: Path | None = None, progress:
                 )
             )
     results, per_test = pd.DataFrame(rows), pd.concat(tests, ignore_index=True)
-    parts = factor_leakage(folder, problem, options.factors, options.sketching.seed)
-    facts = {
-        "tests_outside": len(outside),
-        "median_share_outside": float((spectral.kernel_norms() / whole.clamp(min=1e-300)).median()),
-    }
-    summary = summary_of(options.record() | problem.facts() | facts, results, per_test, parts)
-    summary["cpu_seconds"] = time.process_time() - begin
-    folder.write_frame("tests.parquet", per_test)
+    parts = factor_leakage(study.folder, study.problem, options.factors, options.sketching.seed)
+    facts = study.facts(
+        tests_outside=len(outside),
+        median_share_outside=float((beyond / whole.clamp(min=1e-300)).median()),
+    )
+    summary = summary_of(facts, results, per_test, parts)
+    study.folder.write_frame("tests.parquet", per_test)
     figures = {"leakage": leakage_figure(results, per_test)}
     if parts is not None:
-        folder.write_frame("factorised.parquet", parts)
+        study.folder.write_frame("factorised.parquet", parts)
         figures["factorised"] = factor_figure(parts)
-    finish(folder, summary, results, figures, page_of(summary, results, figures))
-    return summary
+    return study.finish(summary, results, figures, page_of(summary, results, figures))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,16 @@ from matplotlib.figure import Figure
 
 from refluence.studies.page import Fact, Picture, StudyPage
 from refluence.studies.projection.errors import log_slope
-from refluence.studies.projection.output import GUIDE, PAPER, new_figure, plot_with_band, power, series_colors, short
+from refluence.studies.projection.output import (
+    GUIDE,
+    new_figure,
+    plot_with_band,
+    power,
+    projection_page,
+    series_colors,
+    short,
+    table_of,
+)
 
 
 def summary_of(
@@ -19,7 +28,7 @@ def summary_of(
 ) -> dict[str, Any]:
     """The content of `summary.json`: flat keys; lists in the order of `damping`."""
     by_damping = results.groupby("damping")
-    summary: dict[str, Any] = {"study": "leakage", **facts, "damping": sorted(results["damping"].unique().tolist())}
+    summary: dict[str, Any] = {**facts, "damping": sorted(results["damping"].unique().tolist())}
     summary["effective_dimension"] = by_damping["effective_dimension"].first().tolist()
     for key in ("ratio", "covered", "over_scores"):
         summary[key] = by_damping[key].mean().tolist()
@@ -65,18 +74,9 @@ def leakage_figure(results: pd.DataFrame, per_test: pd.DataFrame) -> Figure:
     for damping, color in zip(dampings, series_colors(len(dampings)), strict=True):
         rows = results[results["damping"] == damping]
         table = rows.pivot(index="trial", columns="m", values="measured")
-        x = table.columns.to_numpy()
-        plot_with_band(
-            left,
-            x,
-            table.to_numpy(),
-            color=color,
-            linewidth=1.3,
-            marker="o",
-            markersize=3,
-            label=f"λ = {power(damping)}",
-        )
-        left.plot(x, rows.groupby("m")["predicted"].mean(), color=color, linewidth=0.9, linestyle="--")
+        label = f"λ = {power(damping)}"
+        plot_with_band(left, table, color=color, linewidth=1.3, marker="o", markersize=3, label=label)
+        left.plot(table.columns, rows.groupby("m")["predicted"].mean(), color=color, linewidth=0.9, linestyle="--")
     left.legend(frameon=False, fontsize=8)
     pooled = _pooled(per_test)
     right.set(xscale="log", yscale="log", xlabel="predicted deviation of a test's leakage", ylabel="measured")
@@ -113,10 +113,7 @@ def page_of(summary: Mapping[str, Any], results: pd.DataFrame, figures: Mapping[
         "leakage ÷ scores": "over_scores",
         "slope in m": "slope",
     }
-    table = pd.DataFrame(
-        {title: [short(v) for v in summary[key]] for title, key in columns.items()},
-        index=pd.Index([power(v) for v in summary["damping"]]),
-    )
+    table = table_of(summary, columns, "damping")
     findings = [
         (
             "Predicted for every test",
@@ -150,7 +147,7 @@ def page_of(summary: Mapping[str, Any], results: pd.DataFrame, figures: Mapping[
                 f"{summary['factor_draws']} draws, lines predicted.",
             )
         )
-    return StudyPage(
+    return projection_page(
         title="What does a sketch invent?",
         lead=f"{summary['model']} on {summary['dataset']}: the part of a test gradient that no train gradient has, "
         "v_⊥, has no score at all. A sketch gives it one.",
@@ -166,7 +163,5 @@ def page_of(summary: Mapping[str, Any], results: pd.DataFrame, figures: Mapping[
         findings=tuple(findings),
         table=table,
         table_caption="Means over sizes and trials; the slope from m = 5 d_λ on.",
-        source=PAPER,
-        findings_title="What the numbers say",
         row_name="λ",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from refluence.studies.folder import REPORT, RESULTS, SUMMARY, StudyFolder
 from refluence.studies.page import StudyPage, png, render
 
 PAPER = 'After "A Unified Theory of Random Projection for Influence Functions", arXiv 2602.10449'
+projection_page = partial(StudyPage, source=PAPER, findings_title="What the numbers say")
+"""A page of these studies."""
 GUIDE = "#8a8f98"
 MARK = "#c62828"
 
@@ -38,8 +41,9 @@ def series_colors(count: int, name: str = "viridis") -> list[Any]:
     return [colormaps[name](0.92 * i / max(count - 1, 1)) for i in range(count)]
 
 
-def plot_with_band(ax: Axes, x: np.ndarray, trials: np.ndarray, **style: Any) -> None:
-    """The mean over trials (one row each), with the 95 % t interval of the mean as a band."""
+def plot_with_band(ax: Axes, table: pd.DataFrame, **style: Any) -> None:
+    """The mean over trials (one row each) against the names of the columns, with its 95 % t interval as a band."""
+    x, trials = table.columns.to_numpy(), table.to_numpy()
     mean = trials.mean(axis=0)
     ax.plot(x, mean, **style)
     if len(trials) > 1:
@@ -71,6 +75,15 @@ def finish(
     folder.write_text(REPORT, render(page))
     folder.write_json(SUMMARY, summary)
     folder.write_manifest("complete")
+
+
+def table_of(summary: Mapping[str, Any], columns: Mapping[str, str], by: str, digits: int = 3) -> pd.DataFrame:
+    """Lists of a summary side by side, title → key: a row for each "m" or "damping"."""
+    shown = power if by == "damping" else "{:,}".format
+    return pd.DataFrame(
+        {title: [short(value, digits) for value in summary[key]] for title, key in columns.items()},
+        index=pd.Index([shown(value) for value in summary[by]]),
+    )
 
 
 def short(value: float | None, digits: int = 3) -> str:

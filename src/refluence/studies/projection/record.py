@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, ClassVar, TypeVar
+
+R = TypeVar("R", bound="Recorded")
 
 
 class Recorded:
@@ -17,10 +20,20 @@ class Recorded:
     def record(self) -> dict[str, Any]:
         """All that the numbers depend on, JSON-able and flat: fields by their names, parts by those of their own."""
         found: dict[str, Any] = {}
-        for each in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, each.name)
+        for name, value in self._values().items():
             if isinstance(value, Recorded):
                 found |= value.record()
-            elif each.name not in self.UNRECORDED:
-                found[each.name] = value
+            elif name not in self.UNRECORDED:
+                found[name] = list(value) if isinstance(value, tuple) else value
         return found
+
+    def with_values(self: R, given: Mapping[str, Any]) -> R:
+        """The same with the values that are given for its fields and its parts' by name; other names are left out."""
+        changed = {
+            name: value.with_values(given) if isinstance(value, Recorded) else given.get(name, value)
+            for name, value in self._values().items()
+        }
+        return replace(self, **changed)  # type: ignore[type-var]
+
+    def _values(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]

@@ -120,6 +120,10 @@ class Spectral:
         tests = (self.tests[:, : self.cut] / self.roots[: self.cut]).square() @ weights
         return train, tests
 
+    def test_norms(self) -> Float64[Tensor, " k"]:
+        """‖v‖ of each test gradient."""
+        return (self.tests.square().sum(dim=1) + self.kernel_norms().square()).sqrt()
+
     def kernel_norms(self) -> Float64[Tensor, " k"]:
         """‖v_⊥‖, what of each test gradient no train gradient has."""
         return self.outside.norm(dim=1)

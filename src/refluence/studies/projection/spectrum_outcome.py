@@ -15,12 +15,13 @@ from refluence.studies.projection.errors import interpolated, log_slope
 from refluence.studies.projection.output import (
     GUIDE,
     MARK,
-    PAPER,
     new_figure,
     plot_with_band,
     power,
+    projection_page,
     series_colors,
     short,
+    table_of,
 )
 
 ASYMPTOTIC = 5.0
@@ -34,15 +35,9 @@ MEASURES = {
 }
 
 
-def summary_of(
-    settings: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    results: pd.DataFrame,
-    plateau: pd.DataFrame,
-    measure: str,
-) -> dict[str, Any]:
+def summary_of(facts: Mapping[str, Any], results: pd.DataFrame, plateau: pd.DataFrame, measure: str) -> dict[str, Any]:
     """The content of `summary.json`: flat keys; a list has one entry a damping, in the order of `damping`."""
-    summary: dict[str, Any] = {"study": "spectrum-bounds", **settings, **facts, "measure": measure}
+    summary: dict[str, Any] = {**facts, "measure": measure}
     dampings = sorted(results["damping"].unique())
     dimensions = results.groupby("damping")["effective_dimension"].first()
     summary["damping"] = [float(v) for v in dampings]
@@ -51,7 +46,7 @@ def summary_of(
         column = f"{name}_95"
         summary[f"{name}_plateau"] = [float(plateau.loc[v, column]) for v in dampings]
         for corrected, prefix in ((False, name), (True, f"{name}_corrected")):
-            if corrected and not settings["corrected"]:
+            if corrected and not facts["corrected"]:
                 continue
             found = [_shape(_curve(results, v, corrected, column), float(plateau.loc[v, column])) for v in dampings]
             for key in found[0]:
@@ -116,7 +111,7 @@ def _panel(ax: Axes, results: pd.DataFrame, column: str) -> None:
         dimension = some["effective_dimension"].iloc[0]
         label = f"λ = {power(damping)}, d_λ = {short(dimension)}"
         x = table.columns.to_numpy(dtype=float)
-        plot_with_band(ax, x, table.to_numpy(), color=color, marker="o", markersize=2.5, linewidth=1.2, label=label)
+        plot_with_band(ax, table, color=color, marker="o", markersize=2.5, linewidth=1.2, label=label)
         mean = table.to_numpy().mean(axis=0)
         products += [float(v) for v in (mean * x**0.5)[x >= ASYMPTOTIC]]
     ax.axvline(1.0, color=MARK, linewidth=0.9, linestyle="--")
@@ -155,10 +150,7 @@ def page_of(summary: Mapping[str, Any], figures: Mapping[str, Figure]) -> StudyP
         f"{measure}_corrected_over_plateau_at_10": "corrected at 10 d_λ",
         f"{measure}_corrected_slope": "corrected slope",
     }
-    table = pd.DataFrame(
-        {title: [short(v) for v in summary[key]] for key, title in columns.items() if key in summary},
-        index=pd.Index([power(v) for v in summary["damping"]]),
-    )
+    table = table_of(summary, {title: key for key, title in columns.items() if key in summary}, "damping")
     slope = short(summary[f"{measure}_median_slope"])
     findings = [
         (
@@ -182,7 +174,7 @@ def page_of(summary: Mapping[str, Any], figures: Mapping[str, Figure]) -> StudyP
             )
         )
     what = "self-influence" if summary["test_mode"] == "self" else "every pair of a train and a test example"
-    return StudyPage(
+    return projection_page(
         title="How large a sketch for how small an error?",
         lead=f"{summary['model']} on {summary['dataset']}: errors of sketched influence scores, {what}, over "
         f"{summary['num_trials']} independent {summary['proj_type']} sketches of each size.",
@@ -210,7 +202,5 @@ def page_of(summary: Mapping[str, Any], figures: Mapping[str, Figure]) -> StudyP
         table_caption=f"{MEASURES[measure]}, 95 % quantiles, mean over trials. All but d_λ, plateau and slopes are in "
         "units of the plateau, those ÷ smallest m in units of the smallest sketch's. A dash: outside the "
         "sizes that were run.",
-        source=PAPER,
-        findings_title="What the numbers say",
         row_name="λ",
     )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from torch import Tensor
 from refluence.errors import DataError
 from refluence.evaluation import GroundTruth, retrain
 from refluence.studies.folder import StudyFolder
+from refluence.studies.projection.grid import Sizes
 from refluence.studies.projection.problem import Problem
 from refluence.studies.projection.record import Recorded
 from refluence.studies.projection.spectral import Spectral
+from refluence.studies.projection.study import GridOptions, Study
 from refluence.studies.projection.system import SketchedSystem
 
 
@@ -79,6 +81,26 @@ class Retraining(Recorded):
             raise DataError(f"val_ratio {self.val_ratio!r} of {tests} tests is {count}: both parts must have some")
         order = torch.randperm(tests, generator=torch.Generator().manual_seed(seed))
         return order[:count].sort().values, order[count:].sort().values
+
+
+@dataclass(frozen=True)
+class UtilityOptions(GridOptions):
+    """The settings of a study against retrained models, see `GridOptions`.
+
+    Args:
+        sketching: its seed splits the tests too.
+        retraining: the ground truth, and the share of the tests on which λ is chosen.
+    """
+
+    sizes: Sizes = field(default_factory=lambda: Sizes(m_exp_min=5))
+    retraining: Retraining = field(default_factory=Retraining)
+
+    def meter(self, study: Study, ground_truth: Path | None) -> UtilityMeter:
+        """Of the LDS at every damping, with models that are retrained now if they are not kept at `ground_truth`."""
+        problem, retraining = study.problem, self.retraining
+        truth = retraining.truth(problem, study.folder, ground_truth, study.progress)
+        split = retraining.split(len(problem.test[0]), self.sketching.seed)
+        return UtilityMeter(truth, *split, tuple(self.dampings.values()))
 
 
 @dataclass(frozen=True, eq=False)
