@@ -49,6 +49,14 @@ def ours(
     return found | {"damping": tuned.damping, "at_edge": tuned.at_edge, "chosen_rows": tuned.chosen_rows}
 
 
+def possible(influence: rf.Influence, damping: float) -> bool:
+    """Whether the sketch is large enough for it."""
+    try:
+        return influence.at(damping).effective_dimension > 0
+    except SketchSizeError:
+        return False
+
+
 def logra(dampings: Sequence[float], given: Inputs, truth: evaluation.GroundTruth, chosen: list[int]) -> dict[str, Any]:
     """LoGra with the best of its dampings on the held-out tenth."""
     from benchmarks.protocol import Measurement

@@ -82,7 +82,10 @@ add_study(
     "spectrum-bounds",
     "SpectrumBounds",
     "Error of sketched scores against m/d_λ (Figures 1 and 2 of arXiv 2602.10449).",
-    ("dataset", "model", "test_mode", "num_test_grads", "min_d_lambda", "corrected", *SKETCHES, *GRID, "offload", *RUN),
+    (
+        *("dataset", "model", "test_mode", "num_test_grads", "min_d_lambda", "rank_cut", "corrected"),
+        *(*SKETCHES, *GRID, "offload", *RUN),
+    ),
     {
         "damping": "λ",
         "effective_dimension": "d_λ",
@@ -104,7 +107,7 @@ add_study(
     "barrier",
     "Barrier",
     "Error of undamped scores against m over the rank (Theorem 1 of arXiv 2602.10449).",
-    ("dataset", "model", "num_test_grads", "ratio_max", "ratio_steps", *SKETCHES, "offload", *RUN),
+    ("dataset", "model", "num_test_grads", "ratio_max", "ratio_steps", "rank_cut", *SKETCHES, "offload", *RUN),
     {
         "m": "m",
         "lost": "directions lost",
@@ -206,7 +209,10 @@ add_study(
     "faithfulness-utility",
     "FaithfulnessUtility",
     "Error and LDS of every size and damping (Figure 3 of arXiv 2602.10449).",
-    ("dataset", "model", "faithfulness_threshold", "num_test_samples", "num_test_grads", *UTILITY, "offload", *RUN),
+    (
+        *("dataset", "model", "faithfulness_threshold", "num_test_samples", "num_test_grads", "rank_cut"),
+        *(*UTILITY, "offload", *RUN),
+    ),
     {
         "m": "m",
         "best_damping": "λ*",

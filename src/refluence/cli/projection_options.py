@@ -141,7 +141,7 @@ OPTIONS = {option.name: option for option in _ALL}
 """Each option by its name."""
 
 TRAINED = ("n_train", "n_test", "epochs", "model_seed", "dtype")
-SKETCHES = (*TRAINED, "rank_cut", "proj_type", "gram_space", "num_trials", "seed")
+SKETCHES = (*TRAINED, "proj_type", "gram_space", "num_trials", "seed")
 DAMPINGS = ("lambda_exp_min", "lambda_exp_max", "lambda_steps")
 GRID = ("m_exp_min", "m_exp_max", "m_steps", *DAMPINGS)
 FACTORS = ("factor_rows", "factor_tests", "factor_exp_min", "factor_exp_max", "factor_draws", "factor_damping")
