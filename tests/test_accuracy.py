@@ -8,34 +8,14 @@ from torch import nn
 import refluence as rf
 from refluence.accuracy import check_accuracy, largest_scores, reached
 from refluence.errors import PlanError, RefluenceError
+from support.wide import Wide
 
 N, K = 60, 12
 
 
-class Problem:
-    """More parameters than train examples: test gradients leave the span of the train ones."""
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(5)
-
-        def normal(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        self.model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()
-        for parameter in self.model.parameters():
-            parameter.data = normal(*parameter.shape)
-        self.train = normal(N, 6), torch.randint(3, (N,), generator=generator)
-        self.test = normal(K, 6), torch.randint(3, (K,), generator=generator)
-        self.exact = self.influence(rf.solvers.Gram())
-
-    def influence(self, solver, accuracy=None, **options):
-        options = {"damping": 0.05, "progress": False, **options}
-        return rf.Influence(rf.Task(self.model), solver=solver, accuracy=accuracy, **options).fit(self.train)
-
-
 @pytest.fixture(scope="module")
 def problem():
-    return Problem()
+    return Wide(N, K, inputs=6, hidden=12, seed=5, damping=0.05)
 
 
 def correlation(epsilon):
@@ -54,7 +34,7 @@ def test_errors_are_as_small_as_asked_for_in_as_many_pairs(problem, epsilon):
     largest = (of_tests[:, None] * own).sqrt()
     shares = []
     for seed in range(6):
-        influence = problem.influence(small(seed), correlation(epsilon))
+        influence = problem.influence(small(seed), accuracy=correlation(epsilon))
         scores = influence.score(problem.test)
         shares.append(float(((scores.values - exact).abs() <= epsilon * largest).double().mean()))
     # The widest intervals are as narrow as asked for, the others narrower: more than 95 % of the errors lie inside.
@@ -65,7 +45,7 @@ def test_relative_to_the_scores_it_is_their_error(problem):
     exact = problem.exact.score(problem.test).values
     worst = []
     for seed in range(4):
-        influence = problem.influence(small(seed), rf.Accuracy(0.2))
+        influence = problem.influence(small(seed), accuracy=rf.Accuracy(0.2))
         error = (influence.score(problem.test).values - exact).norm(dim=1) / exact.norm(dim=1)
         worst.append(float(error.quantile(0.95)))
     assert np.mean(worst) < 0.25
@@ -73,7 +53,7 @@ def test_relative_to_the_scores_it_is_their_error(problem):
 
 
 def test_the_sketch_is_not_much_larger_than_it_must_be(problem):
-    influence = problem.influence(small(0), correlation(0.15))
+    influence = problem.influence(small(0), accuracy=correlation(0.15))
     influence.score(problem.test)
     size = influence.plan.chosen.solver.sketch.m
     half = problem.influence(rf.solvers.Sketched(rf.sketches.Gaussian(size // 2)))
@@ -82,7 +62,7 @@ def test_the_sketch_is_not_much_larger_than_it_must_be(problem):
 
 
 def test_tests_outside_the_span_make_it_grow_when_they_are_scored(problem):
-    influence = problem.influence(small(0), correlation(0.15))
+    influence = problem.influence(small(0), accuracy=correlation(0.15))
     before = influence.plan.chosen.solver.sketch.m
     damping = influence.damping
     far = problem.test[0] * 5, problem.test[1]
@@ -107,7 +87,7 @@ def test_the_largest_score_is_what_no_score_exceeds(problem):
 
 
 def test_auto_takes_an_exact_solver_where_it_is_no_dearer(problem):
-    influence = problem.influence("auto", rf.Accuracy(0.1))
+    influence = problem.influence("auto", accuracy=rf.Accuracy(0.1))
     assert influence.exact
     assert "accuracy" in influence.plan.reason
     torch.testing.assert_close(influence.score(problem.test).values, problem.exact.score(problem.test).values)
@@ -125,7 +105,7 @@ def test_auto_sketches_where_the_sketch_is_cheaper():
 
 def test_too_little_memory_is_named_with_the_sketch_it_would_take(problem):
     with pytest.raises(PlanError, match="the accuracy needs Sketched"):
-        problem.influence(small(0), correlation(0.02), execution=rf.Execution(memory="4MB"))
+        problem.influence(small(0), accuracy=correlation(0.02), execution=rf.Execution(memory="4MB"))
 
 
 @pytest.mark.parametrize(("epsilon", "confidence"), [(0, 0.95), (1.5, 0.95), (0.1, 95), (True, 0.9)])
@@ -141,15 +121,15 @@ def test_a_bad_word():
 
 def test_solvers_and_curvatures_without_a_standard_error_are_refused(problem):
     with pytest.raises(RefluenceError, match="chooses the size of a sketch"):
-        problem.influence(rf.solvers.Kfac(), rf.Accuracy(0.1))
+        problem.influence(rf.solvers.Kfac(), accuracy=rf.Accuracy(0.1))
     with pytest.raises(RefluenceError, match="hessian"):
-        problem.influence("auto", rf.Accuracy(0.1), curvature="hessian")
+        problem.influence("auto", accuracy=rf.Accuracy(0.1), curvature="hessian")
     with pytest.raises(RefluenceError, match="must be rf"):
         check_accuracy(0.1, "auto", "fisher")
 
 
 def test_a_saved_fit_keeps_the_accuracy(problem, tmp_path):
-    influence = problem.influence(small(0), correlation(0.3))
+    influence = problem.influence(small(0), accuracy=correlation(0.3))
     loaded = rf.Influence.load(influence.save(tmp_path / "fit"), influence.task)
     assert loaded.settings.accuracy == correlation(0.3)
     torch.testing.assert_close(loaded.score(problem.test).values, influence.score(problem.test).values)

@@ -10,8 +10,9 @@ from torch import nn
 
 import refluence as rf
 from refluence.certificates import certify
-from refluence.certificates.sampled import SampledCheck
+from refluence.certificates.sampled import SampledCheck, needed_sample
 from refluence.errors import DataError
+from support.wide import Wide
 
 N, K = 40, 9
 SKETCHES = {
@@ -20,33 +21,9 @@ SKETCHES = {
 }
 
 
-class Problem:
-    """A network with more parameters than train examples, so that test gradients leave the span of the train ones."""
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(3)
-
-        def normal(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        self.model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-        for parameter in self.model.parameters():
-            parameter.data = normal(*parameter.shape)
-        self.train = normal(N, 5), torch.randint(3, (N,), generator=generator)
-        self.test = normal(K, 5), torch.randint(3, (K,), generator=generator)
-        self.weights = torch.rand(N, generator=generator, dtype=torch.float64) * 2
-        self.weights[::6] = 0
-        self.exact = self.influence(rf.solvers.Gram())
-
-    def influence(self, solver, weights=None, **options):
-        task = rf.Task(self.model, l2=options.pop("l2", 0.0))
-        options = {"damping": 1e-2, "progress": False, **options}
-        return rf.Influence(task, solver=solver, **options).fit(self.train, weights=weights)
-
-
 @pytest.fixture(scope="module")
 def problem():
-    return Problem()
+    return Wide(N, K, inputs=5, hidden=8, seed=3, damping=1e-2)
 
 
 @pytest.mark.parametrize("kind", SKETCHES)
@@ -208,6 +185,15 @@ def test_the_order_statistic_is_not_the_maximum_where_a_smaller_one_will_do():
 def test_too_small_a_sample_says_how_large_it_must_be():
     with pytest.raises(DataError, match="sample 59"):
         check_of(np.ones(20)).bound(0.95)
+
+
+@pytest.mark.parametrize(("share", "confidence"), [(0.3, 0.91), (0.35, 0.8775), (0.85, 0.2775)])
+def test_the_size_that_is_asked_for_is_the_least_that_will_do(share, confidence):
+    """Two tests, 1 − share² being the confidence but for rounding."""
+    assert needed_sample(share, confidence) == 2
+    assert check_of(np.ones(2), confidence).bound(share) == 1
+    with pytest.raises(DataError, match="sample 2"):
+        check_of(np.ones(1), confidence).bound(share)
 
 
 def test_intervals_are_checked_against_the_exact_scores(problem):

@@ -5,6 +5,7 @@ import torch
 
 import refluence as rf
 from refluence.errors import PlanError
+from refluence.scoring import columns_of
 from refluence.solvers.replicated import replicate_sketches, spread_errors
 from support.problems import problem
 
@@ -70,15 +71,37 @@ def test_errors_of_blocks_add_as_variances(structure):
     assert len(parts) == (1 if structure == "full" else 2)
 
 
-def test_the_error_of_a_sum_is_from_the_spread_of_the_sum():
-    made, influence = fitted(KINDS["kronecker"], 4)
-    groups = [j % 3 for j in range(influence.n_train)]
-    found = influence.score(made.test, groups=groups)
-    single = [fitted(sketch, 1)[1] for sketch in replicate_sketches(KINDS["kronecker"], 4)]
-    sums = torch.stack([one.score(made.test, groups=groups).values for one in single])
-    # One constant for all pairs: the mean over them of the spread over the error is that of the definition.
-    ratio = sums.var(dim=0, unbiased=True) / (4 * found.error.square())
-    assert float(ratio.mean()) == pytest.approx(1.0, rel=1e-10)
+@structures
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_error_of_a_sum_is_the_formula_of_the_sum_at_the_size_of_the_spread_of_the_pairs(groups, structure):
+    made, influence = fitted(KINDS["kronecker"], 2, structure)
+    labels = [j % groups for j in range(influence.n_train)]
+    sizes = []
+    for given in (None, labels):
+        found = influence.score(made.test, groups=given, by_block=True)
+        sums = columns_of(influence._fitted(), influence.shifts, None, given, None).sums
+        members, tests = influence._fitted().state.members, influence._test_rows(made.test)
+        formulas = [dict(member.formula_errors(tests, influence.shifts, sums)) for member in members]
+        for block, scores in found.items():
+            shape = sum(formula[block].square() for formula in formulas) / 2
+            sizes.append((2 * scores.error.square() / shape)[shape > 0])
+    blocks = len(found)
+    for single, summed in zip(sizes[:blocks], sizes[blocks:], strict=True):
+        torch.testing.assert_close(summed, single[0].expand(summed.shape), rtol=1e-9, atol=0)
+
+
+def test_the_error_of_a_single_sum_covers_it():
+    """Of one test and one group two sketches give one difference, which by itself would cover 70 %."""
+    made = problem("mlp", True)
+    test, labels = tuple(part[:1] for part in made.test), [0] * len(made.weights)
+    exact = rf.Influence(made.task(), solver=rf.solvers.Gram(), damping=2.0, progress=False)
+    wanted = exact.fit(made.train, weights=made.weights).score(test, groups=labels).values
+    inside = []
+    for seed in range(40):
+        _, influence = fitted(rf.sketches.TensorSketch(8, seed=100 + seed), 2)
+        low, high = influence.score(test, groups=labels).interval(0.95)
+        inside.append(bool(low <= wanted <= high))
+    assert sum(inside) > 0.82 * 40
 
 
 @pytest.mark.parametrize("kind", ["sjlt", "wide kronecker"])

@@ -318,6 +318,19 @@ def test_groups_weights_and_norms_carry_over_to_the_errors(net, m):
     assert_equal(classes.error, wanted, 1e-6)
 
 
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("m", [12, 60])
+def test_the_lengths_of_parameter_changes_are_at_the_damping_of_the_scores(net, m, corrected):
+    """‖(C+κ)⁻¹wg‖² = −w ∂τ(g, wg)/∂κ, of exact scores and of those that estimate them at κ."""
+    weights = torch.linspace(0.1, 2, 39).double()
+    influence = net.influence(rf.sketches.Rademacher(m, seed=4), corrected, weights=weights)
+    state, step = influence._fitted().state, 1e-4
+    ends = [{"full": 0.2 + step}, {"full": 0.2 - step}]
+    change = torch.sub(*(state.self_influence(end) for end in ends))
+    kappa = [state.targets(end)["full"] for end in ends]
+    assert_equal(state.inverse_norms({"full": 0.2}), -weights * change / (kappa[0] - kappa[1]), 1e-5)
+
+
 def test_the_sampled_labels_of_a_group_have_the_error_of_their_sum():
     """Of one group of one class that is one example the error is the example's; of two copies it is twice that."""
     net = Net()

@@ -83,6 +83,12 @@ def test_a_curvature_with_a_kernel_has_no_dimension_beyond_its_rank():
     assert found.high == pytest.approx(5.0, rel=1e-4)
 
 
+def test_a_curvature_that_is_zero_has_no_dimension():
+    found = stochastic_effective_dimension(torch.zeros_like, 3, 0.1)
+    assert found.low == found.value == 0
+    assert found.high == pytest.approx(0, abs=1e-8)
+
+
 def test_what_has_no_interval_is_refused():
     C = torch.eye(3, dtype=torch.float64)
     with pytest.raises(RefluenceError, match="at least 2 probes, not 1"):

@@ -83,5 +83,7 @@ def test_an_epsilon_that_no_size_gives_is_refused(epsilon):
 def test_what_makes_no_size_is_refused():
     with pytest.raises(RefluenceError, match=r"delta between 0 and 1, not 10\.0 and 0"):
         sketch_size(10.0, 0.1, 0)
+    with pytest.raises(RefluenceError, match=r"must be finite, ≥ 0, .*not inf"):
+        sketch_size(math.inf, 0.1)
     with pytest.raises(RefluenceError, match="at least 1 row, not 0"):
         achieved_epsilon(0, 10.0)

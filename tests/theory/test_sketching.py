@@ -86,8 +86,27 @@ def test_any_positive_target_will_do_where_the_sketch_is_wider_than_the_rank():
 
 @pytest.mark.parametrize("call", [lambda: corrected_damping([1.0], 2, 0.0), lambda: implied_damping([1.0], 2, 0.0)])
 def test_no_damping_cannot_be_corrected_for(call):
-    with pytest.raises(RefluenceError, match="must be > 0, not 0"):
+    with pytest.raises(RefluenceError, match=r"must be > 0.*, not 0"):
         call()
+
+
+@pytest.mark.parametrize("call", [corrected_damping, implied_damping, sketched_dimension, sketch_variance_scale])
+def test_a_sketched_spectrum_is_a_vector_of_finite_numbers_of_any_kind(call):
+    expected = call([2.0, 1.0], 3, 0.5)
+    for values in (torch.tensor([2.0, 1.0], requires_grad=True), torch.tensor([2, 1]), np.float32([2, 1]), (2, 1)):
+        assert call(values, 3, 0.5) == expected
+    for values in ([], [[1.0, 2.0]], [1.0, np.nan], [1.0, np.inf]):
+        with pytest.raises(RefluenceError, match="vector of finite numbers"):
+            call(torch.tensor(values), 3, 0.5)
+
+
+def test_an_infinite_damping_cannot_be_estimated():
+    with pytest.raises(RefluenceError, match="finite, not inf"):
+        corrected_damping([1.0], 2, np.inf)
+
+
+def test_the_dimension_of_a_sketch_keeps_its_digits_where_it_is_small():
+    assert sketched_dimension([2.0, 1.0], 3, 1e20)[1] == pytest.approx(3e-20, rel=1e-12)
 
 
 def test_more_eigenvalues_than_rows_are_refused():

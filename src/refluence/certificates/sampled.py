@@ -26,6 +26,8 @@ LARGEST_GRAM = 6_000
 SHARE_OF_MEMORY = 0.5
 LARGEST_DENSE = 4_000
 TINY = torch.finfo(torch.float64).tiny
+ROUNDING = 1e-12
+"""Of probabilities that are equal but for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,7 @@ class SampledCheck:
             raise DataError(f"share and confidence must lie between 0 and 1, not {share!r} and {confidence!r}")
         size = len(self.errors)
         # P[Binomial(s, share) ≥ r] for r = 1 … s falls with r.
-        enough = np.flatnonzero(stats.binom.sf(np.arange(size), size, share) <= 1 - confidence)
+        enough = np.flatnonzero(stats.binom.sf(np.arange(size), size, share) <= (1 - confidence) * (1 + ROUNDING))
         if enough.size:
             return float(self.errors.sort().values[enough[0]])
         raise DataError(
@@ -80,7 +82,7 @@ class SampledCheck:
 
 def needed_sample(share: float, confidence: float) -> int:
     """Sampled tests whose largest error bounds a share of all with a confidence: log(1−γ)/log(share)."""
-    return int(np.ceil(np.log(1 - confidence) / np.log(share)))
+    return int(np.ceil(np.log(1 - confidence) / np.log(share) * (1 - ROUNDING)))
 
 
 @dataclass(frozen=True, eq=False)

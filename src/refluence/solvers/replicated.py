@@ -51,7 +51,8 @@ class ReplicatedState(State):
 
     with S²_ij the sample variance over the R sketches and e_ij² the mean over them of the first-order variance of a
     sketch with independent entries (`sketch_errors`): the formula gives the shape over the pairs, the spread its size.
-    c is near 1 for such a sketch and for a tensor sketch, and several for a Kronecker sketch.
+    c is near 1 for such a sketch and for a tensor sketch, and several for a Kronecker sketch. A sum of columns has the
+    formula's e of the sum and the c of the single pairs: few sums would say little about a c of their own.
     """
 
     independent_blocks = True
@@ -115,10 +116,13 @@ class ReplicatedState(State):
         self, tests: GradientRows, shifts: Shifts, sums: ColumnSums | None
     ) -> Iterator[tuple[str, Float[Tensor, "k g"]]]:
         scores = zip(*(member.scores(tests, shifts) for member in self.members), strict=True)
-        formulas = zip(*(member.formula_errors(tests, shifts, sums) for member in self.members), strict=True)
+        formulas = zip(*(member.formula_errors(tests, shifts, None) for member in self.members), strict=True)
         for values, errors in zip(scores, formulas, strict=True):
-            given = [part if sums is None else sums.columns(part) for _, part in values]
-            yield values[0][0], spread_errors(given, [error for _, error in errors])
+            block = values[0][0]
+            of_sums = None
+            if sums is not None:
+                of_sums = [_formula_of_sums(member, tests, block, shifts[block], sums) for member in self.members]
+            yield block, spread_errors([part for _, part in values], [error for _, error in errors], of_sums)
 
     def self_influence(self, shifts: Shifts) -> Float[Tensor, " n"]:
         """The mean of τ̃(g_j, w_j g_j)."""
@@ -130,11 +134,17 @@ class ReplicatedState(State):
 
 
 def spread_errors(
-    scores: Sequence[Float[Tensor, "k n"]], formula: Sequence[Float[Tensor, "k n"]]
-) -> Float[Tensor, "k n"]:
+    scores: Sequence[Float[Tensor, "k n"]],
+    formula: Sequence[Float[Tensor, "k n"]],
+    of_sums: Sequence[Float[Tensor, "k g"]] | None = None,
+) -> Float[Tensor, "k g"]:
     """√(c e_ij²/R), c = mean_ij [S²_ij/e_ij²], of R sketches' scores and first-order standard errors.
 
     One c for all pairs: each pair's own S² has R − 1 degrees of freedom, too few for an interval.
+
+    Args:
+        scores, formula: of every pair.
+        of_sums: first-order standard errors of sums of the columns, whose errors are wanted; None: of the pairs.
     """
     R = len(scores)
     mean = _mean(scores)
@@ -143,7 +153,15 @@ def spread_errors(
     # A pair without a first-order error, of a zero gradient, has no spread either.
     known = shape > 0
     c = float((spread[known] / shape[known]).mean()) if bool(known.any()) else 0.0
-    return shape.mul_(c / R).sqrt_()
+    wanted = shape if of_sums is None else _mean([error.square() for error in of_sums])
+    return wanted.mul_(c / R).sqrt_()
+
+
+def _formula_of_sums(
+    member: SketchedState, tests: GradientRows, block: str, shift: float, sums: ColumnSums
+) -> Float[Tensor, "k g"]:
+    [(_, errors)] = member.formula_errors(tests, {block: shift}, sums)
+    return errors
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:

@@ -16,11 +16,12 @@ from refluence.curvature import Curvature, Vectors
 from refluence.gradients.rows import GradientRows
 from refluence.sketches import Sketch
 from refluence.solvers.projection import curvature_sketches, project_rows
+from refluence.solvers.psd import PositiveMatrix
 from refluence.solvers.sketch_errors import has_error_formula, standard_errors
 from refluence.solvers.state import Shifts, Solution, refuse_singular
 from refluence.solvers.symmetric import SymmetricMatrix
 from refluence.solvers.systems import MatrixState, root_weights, scale_rows, sum_over
-from refluence.theory import SpectralMeasure, corrected_damping, sketch_variance_scale
+from refluence.theory import SpectralMeasure, corrected_damping, implied_damping, sketch_variance_scale
 
 SOLVED_ROWS = 4096
 
@@ -144,8 +145,19 @@ class SketchedState(MatrixState):
         """The same of the sums Σ_j f_j w_j g_j."""
 
     def inverse_norms(self, shifts: Shifts) -> Float[Tensor, " n"]:
-        """‖(PCPᵀ+μI)⁻¹ w_j Pg_j‖²."""
-        return sum_over(self._squared_train(block, shift) for block, _, shift in self.systems_at(shifts))
+        """‖(PCPᵀ+μI)⁻¹ w_j Pg_j‖²/κ', which estimates ‖(C+κI)⁻¹ w_j g_j‖² as −∂τ̃/∂μ = −κ'·∂τ/∂κ; κ' = dκ/dμ."""
+        return sum_over(
+            self._squared_train(block, shift) / self._slope(system, shift)
+            for block, system, shift in self.systems_at(shifts)
+        )
+
+    def _slope(self, system: PositiveMatrix, shift: float) -> float:
+        """κ' = κ²(1/m) Σ_j (σ̃_j+μ)⁻², or 1 where the scores are those of the sketch itself."""
+        if not (self.corrected or self.has_errors):
+            return 1.0
+        m, eigenvalues = self.sketch.m, system.eigenvalues
+        scale = sketch_variance_scale(eigenvalues, m, shift)
+        return implied_damping(eigenvalues, m, shift) ** 2 / (m * scale)
 
     def projected_tests(self, tests: GradientRows) -> dict[str, Float[Tensor, "k m"]]:
         """Block → PV, projected once for all that is asked of the same tests."""

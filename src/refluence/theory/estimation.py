@@ -199,7 +199,7 @@ def _with_node_below_zero(found: Tridiagonal) -> Tridiagonal:
     """The Gauss–Radau rules' matrices: one more row with the diagonal that makes a = −FLOOR·‖C‖ an eigenvalue."""
     matrices, (k, m) = found.matrices(), found.diagonal.shape
     # On a common grade the last row couples; a start whose Krylov space has ended has residual 0 and keeps its grade.
-    a = -FLOOR * float(found.diagonal.max())
+    a = -FLOOR * (float(found.diagonal.max()) or 1.0)  # of C = 0 any node below 0 will do
     last = torch.zeros(k, m, 1, dtype=matrices.dtype, device=matrices.device)
     last[:, -1] = 1.0
     shifted = matrices - a * torch.eye(m, dtype=matrices.dtype, device=matrices.device)

@@ -53,5 +53,5 @@ def achieved_epsilon(m: int, d_lambda: float, delta: float = 0.05) -> float:
 
 
 def _check(d_lambda: float, delta: float) -> None:
-    if not (d_lambda >= 0 and 0 < delta < 1):
-        raise RefluenceError(f"d_lambda must be ≥ 0 and delta between 0 and 1, not {d_lambda!r} and {delta!r}")
+    if not (0 <= d_lambda < math.inf and 0 < delta < 1):
+        raise RefluenceError(f"d_lambda must be finite, ≥ 0, and delta between 0 and 1, not {d_lambda!r} and {delta!r}")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from refluence.errors import RefluenceError, SketchSizeError
-from refluence.theory.spectrum import Spectrum, as_spectrum, effective_dimension
+from refluence.theory.spectrum import Spectrum, as_numbers, as_spectrum, effective_dimension
 
 
 def implied_damping(eigenvalues: Spectrum, size: int, damping: float) -> float:
@@ -40,8 +40,8 @@ def corrected_damping(eigenvalues: Spectrum, size: int, target: float) -> float:
     Raises:
         RefluenceError: κ is not above the harmonic mean of the m eigenvalues: the sketch is too small for it.
     """
-    if not target > 0:
-        raise RefluenceError(f"the damping that a sketch is to estimate must be > 0, not {target!r}")
+    if not 0 < target < np.inf:
+        raise RefluenceError(f"the damping that a sketch is to estimate must be > 0 and finite, not {target!r}")
     values = _padded(eigenvalues, size)
 
     def excess(log_ratio: float) -> float:
@@ -72,8 +72,9 @@ def sketched_dimension(eigenvalues: Spectrum, size: int, damping: float) -> tupl
         size: m, the rows of the sketch.
         damping: μ > 0.
     """
-    target = implied_damping(eigenvalues, size, damping)
-    return target, size * (1.0 - damping / target)
+    values = _padded(eigenvalues, size)
+    # The sum, because m(1 − μ/κ) cancels where d_κ is small.
+    return implied_damping(values, size, damping), float((values / (values + damping)).sum())
 
 
 def sketch_variance_scale(eigenvalues: Spectrum, size: int, damping: float) -> float:
@@ -100,8 +101,8 @@ def _shifted(eigenvalues: Spectrum, size: int, damping: float) -> NDArray[np.flo
 
 def _padded(eigenvalues: Spectrum, size: int) -> NDArray[np.float64]:
     """All m eigenvalues, with the zeros that were left out."""
-    values = np.asarray(eigenvalues, dtype=np.float64)
-    if values.size == 0 or values.min() >= -1e-6 * values.max():
+    values = as_numbers(eigenvalues)
+    if values.min() >= -1e-6 * values.max():
         values = as_spectrum(values)
     if values.size > size:
         raise RefluenceError(f"a sketch of m = {size} rows has no {values.size} eigenvalues")

@@ -47,17 +47,27 @@ class SpectralMeasure:
         return replace(self, values=np.maximum(self.values, 0.0))
 
 
-def as_spectrum(eigenvalues: Spectrum) -> NDArray[np.float64]:
-    """Eigenvalues as a float64 array, negative rounding noise set to 0.
+def as_numbers(eigenvalues: Spectrum) -> NDArray[np.float64]:
+    """Eigenvalues, of whatever sign, as a float64 array.
 
     Raises:
-        RefluenceError: not a vector, empty, not finite, or negative beyond rounding.
+        RefluenceError: not a vector, empty, or not finite.
     """
     if isinstance(eigenvalues, Tensor):
         eigenvalues = eigenvalues.detach().cpu().numpy()
     values = np.asarray(eigenvalues, dtype=np.float64)
     if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
         raise RefluenceError(f"eigenvalues must be a vector of finite numbers, not shape {values.shape}")
+    return values
+
+
+def as_spectrum(eigenvalues: Spectrum) -> NDArray[np.float64]:
+    """Eigenvalues as a float64 array, negative rounding noise set to 0.
+
+    Raises:
+        RefluenceError: not a vector, empty, not finite, or negative beyond rounding.
+    """
+    values = as_numbers(eigenvalues)
     if values.min() < -1e-6 * max(values.max(), 0.0) - np.finfo(np.float64).tiny:
         raise RefluenceError(
             f"the smallest eigenvalue is {values.min():.3g}: the effective dimension is defined for C ⪰ 0 only"
