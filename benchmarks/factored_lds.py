@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import refluence as rf
@@ -108,14 +107,9 @@ def main() -> None:
         print("dattri is not installed: LoGra is left out")
         return
     chosen = next(row["chosen_rows"] for row in table.rows.values() if "chosen_rows" in row)
-    given = Inputs(benchmark.task.model, *(_tensors(rows) for rows in (train, test)))
+    given = Inputs(benchmark.task.model, train, test)
     for name, dampings in (("default damping", (1e-5,)), ("damping chosen as ours", RELATIVE)):
         table.add(f"dattri LoGra, {name}", lambda dampings=dampings: logra(dampings, given, truth, chosen))
-
-
-def _tensors(rows: Any) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*(rows[i] for i in range(len(rows))), strict=True)
-    return torch.stack(list(images)), torch.as_tensor(labels)
 
 
 if __name__ == "__main__":

@@ -237,6 +237,8 @@ def test_it_is_its_inverse_on_all_entries(cell):
     matrices = cell.problem.curvatures(cell.curvature, cell.structure)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if cell.curvature == "hessian" and not method.definite else "error")
+        # torch's own, where it first loads what forward-mode differentiation needs.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
         fitted = fit(cell, l2)
         for damping in cell.dampings:
             each = {b: damping * (1 + i * cell.several) for i, b in enumerate(matrices)}
