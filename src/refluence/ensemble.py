@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
+from refluence.averaging import Errors, Spread, standard_error
 from refluence.batches import Data
 from refluence.columns import checked_weights, hash_numbers
 from refluence.damping import DampingChoice
@@ -199,7 +200,7 @@ class Ensemble:
         if self.form == "trak" and (groups is not None or normalize is not None):
             raise DataError('form "trak" is a product of two means over models: it has no `groups` and no `normalize`')
         labels = groups if groups is None or isinstance(groups, str) else list(groups)
-        spread, own_errors, records = _Spread(), _Errors(), []
+        spread, own_errors, records = Spread(), Errors(), []
         base: Scores | None = None
         targets: set[str] = set()
         members = track(self.members, "scoring models", total=len(self), enabled=self._progress)
@@ -220,14 +221,14 @@ class Ensemble:
             base.n_train,
             base.train_ids,
             base.test_ids,
-            error=_combined(spread, own_errors, scale),
+            error=standard_error(spread, own_errors, scale),
             target_damping=base.target_damping if len(targets) == 1 else None,
             manifest=self._manifest(base.manifest, records),
         )
 
     def self_influence(self) -> Float64[Tensor, " n"]:
         """The ensemble's score of every train example with itself."""
-        spread = _Spread()
+        spread = Spread()
         for c, influence in enumerate(self.members):
             eta = 1.0 if self.weights is None else float(self.weights[c])
             share = _wrongness(influence) if self.form == "trak" else None
@@ -251,78 +252,6 @@ class Ensemble:
 
     def __repr__(self) -> str:
         return f"Ensemble({len(self)} models, form={self.form!r})"
-
-
-@dataclass
-class _Spread:
-    """Running moments over models of x, and of the product of means x̄·q̄ where there are q (Welford 1962)."""
-
-    count: int = 0
-    mean: Tensor | float = 0.0
-    squares: Tensor | float = 0.0
-    q_mean: Tensor | float = 0.0
-    q_squares: Tensor | float = 0.0
-    products: Tensor | float = 0.0
-    weighted: bool = False
-
-    def add(self, x: Float64[Tensor, "k n"], q: Float64[Tensor, " n"] | None) -> None:
-        """One more model."""
-        self.count += 1
-        before = x - self.mean
-        self.mean = self.mean + before / self.count
-        self.squares = self.squares + before * (x - self.mean)
-        if q is not None:
-            self.weighted = True
-            q_before = q - self.q_mean
-            self.q_mean = self.q_mean + q_before / self.count
-            self.q_squares = self.q_squares + q_before * (q - self.q_mean)
-            self.products = self.products + before * (q - self.q_mean)
-
-    @property
-    def value(self) -> Float64[Tensor, "k n"]:
-        """x̄, or x̄·q̄."""
-        return torch.as_tensor(self.mean * self.q_mean if self.weighted else self.mean)
-
-    @property
-    def variance(self) -> Float64[Tensor, "k n"] | None:
-        """Of `value`, of first order in the spread of x and q; None for a single model."""
-        if self.count < 2:
-            return None
-        total = torch.as_tensor(self.squares)
-        if self.weighted:
-            q, x = torch.as_tensor(self.q_mean), torch.as_tensor(self.mean)
-            total = q**2 * self.squares + x**2 * self.q_squares + 2 * q * x * self.products
-        return (total / (self.count * (self.count - 1))).clamp(min=0)
-
-    @property
-    def slope(self) -> Tensor | float:
-        """∂value/∂x̄."""
-        return self.q_mean if self.weighted else 1.0
-
-
-@dataclass
-class _Errors:
-    """The variance of the mean that the models' own errors make."""
-
-    count: int = 0
-    squares: Tensor | None = None
-
-    def add(self, error: Float64[Tensor, "k n"] | None) -> None:
-        """One more model; None is no error."""
-        self.count += 1
-        if error is not None:
-            self.squares = error.square() if self.squares is None else self.squares + error.square()
-
-    @property
-    def variance(self) -> Float64[Tensor, "k n"] | None:
-        """Σ e_c² / c²."""
-        return None if self.squares is None else self.squares / self.count**2
-
-
-def _combined(spread: _Spread, errors: _Errors, scale: int) -> Float64[Tensor, "k n"] | None:
-    own = None if errors.variance is None else errors.variance * torch.as_tensor(spread.slope) ** 2
-    parts = [part for part in (spread.variance, own) if part is not None]
-    return scale * torch.stack(parts).sum(dim=0).sqrt() if parts else None
 
 
 def _belongs(influence: Influence) -> dict[str, Any]:
@@ -364,6 +293,8 @@ def _member(task: Task, model: Model | Callable[[], Model], c: int, arguments: M
         state, model = model, copy.deepcopy(task.model)
         model.load_state_dict(state)
     settings = {**arguments, "seed": arguments.get("seed", 0) + c}
+    if (execution := settings.get("execution")) is not None:
+        settings["execution"] = execution.below(f"model-{c}")
     if isinstance(solver := settings.get("solver"), Sketched):
         settings["solver"] = replace(solver, sketch=solver.sketch.reseeded(solver.sketch.seed + c))
     return Influence(replace(task, model=model), **settings)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,18 +16,16 @@ from torch import Tensor
 
 from refluence.batches import Data
 from refluence.errors import DataError, RefluenceError
-from refluence.evaluation.agreement import agreement
 from refluence.evaluation.held_sums import HeldSums
 from refluence.evaluation.linear_sums import sums_of
 from refluence.evaluation.measuring import measure
 from refluence.evaluation.newton import inverse_products, newton_removal
 from refluence.evaluation.refitting import Refit, join, refits
 from refluence.evaluation.sums import flat_parameters
+from refluence.evaluation.verdict import METRICS, Verdict, agreement_of, number, sentence_of, verdict_of
 from refluence.gradients.functional import single_gradients
 from refluence.influence import Influence
 from refluence.scores import Scores
-
-Verdict = Literal["agrees", "partly", "disagrees", "not converged"]
 
 TOLERANCE = 1e-3
 """Gradient norm that a refit is to reach, as a share of what removing the example adds to the gradient."""
@@ -40,15 +38,6 @@ WORK = 5e11
 """Multiply-adds that the refits may take."""
 INNER_STEPS = 60
 """Products with the curvature that an iterative solver takes for a step."""
-SLOPES = (0.7, 1.4)
-SAME_SCALE = (0.9, 1.1)
-STRONG, WEAK, EXPLAINED = 0.9, 0.5, 0.8
-HELD = (
-    "The refits are held to the outputs and the weights of the model as it is: this checks the local approximation, "
-    "not what another training would give."
-)
-METRICS = ("slope", "spearman", "pearson", "r2")
-RESAMPLES = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +71,7 @@ class Verification:
 
     def manifest(self) -> dict[str, Any]:
         """The statistics, the verdict and how it was done: JSON-able."""
-        numbers = {name: _number(getattr(self, name)) for name in METRICS}
+        numbers = {name: number(getattr(self, name)) for name in METRICS}
         removed = [int(row) for row in dict.fromkeys(self.frame["removed"])]
         return {
             "verdict": self.verdict,
@@ -192,80 +181,15 @@ def conclude(frame: pd.DataFrame, details: Mapping[str, Any]) -> Verification:
     examples = frame.groupby("removed", sort=False)["converged"].all()
     enough = 2 * int(examples.sum()) >= len(examples)
     rows = frame[frame["converged"]] if enough else frame
-    statistics = _statistics(rows, "predicted")
-    newton = None if frame["newton"].isna().any() else _statistics(rows, "newton")
-    verdict = _verdict(statistics) if enough else "not converged"
+    statistics = agreement_of(rows, "predicted")
+    newton = None if frame["newton"].isna().any() else agreement_of(rows, "newton")
+    verdict = verdict_of(statistics) if enough else "not converged"
     if verdict == "agrees" and details.get("objective") == "held":
         verdict = "partly"
     done = {**details, "converged": int(examples.sum()), "newton": newton}
-    sentence = _sentence(verdict, statistics, newton, examples, frame, done)
+    sentence = sentence_of(verdict, statistics, newton, examples, frame, done)
     numbers = {name: math.nan if value is None else value for name, value in statistics.items()}
     return Verification(frame, **numbers, verdict=verdict, sentence=sentence, details=done)
-
-
-def _statistics(rows: pd.DataFrame, column: str) -> dict[str, float | None]:
-    """The metrics, None where the pairs do not define one."""
-    predicted = rows.pivot(index="test", columns="removed", values=column).to_numpy(copy=True)
-    measured = rows.pivot(index="test", columns="removed", values="measured").to_numpy(copy=True)
-    if measured.size < 3:
-        return dict.fromkeys(METRICS)
-    table = agreement(predicted, measured, resamples=RESAMPLES).set_index("metric")["value"]
-    return {name: _number(table[name]) for name in METRICS}
-
-
-def _verdict(statistics: Mapping[str, float | None]) -> Verdict:
-    slope, spearman, r2 = (statistics[name] for name in ("slope", "spearman", "r2"))
-    if slope is None or spearman is None or r2 is None or spearman < WEAK or slope <= 0:
-        return "disagrees"
-    strong = SLOPES[0] <= slope <= SLOPES[1] and spearman >= STRONG and r2 >= EXPLAINED
-    return "agrees" if strong else "partly"
-
-
-def _sentence(
-    verdict: Verdict,
-    statistics: Mapping[str, float | None],
-    newton: Mapping[str, float | None] | None,
-    examples: pd.Series,
-    frame: pd.DataFrame,
-    details: Mapping[str, Any],
-) -> str:
-    tests = frame["test"].nunique()
-    removed = f"{len(examples)} training example{'s' if len(examples) > 1 else ''}"
-    done = f"{removed} were really removed, one at a time, and the model refitted"
-    if verdict == "not converged":
-        held = details.get("objective") == "held"
-        why = "the loss bends too much around the model" if held else "the model is far from a minimum of its objective"
-        return (
-            f"{done}, but only {details['converged']} of {len(examples)} refits settled within {details['maxiter']} "
-            f"steps ({why}), so the changes measured are not those of a "
-            f"finished training and check nothing. As far as they go: {_words(statistics)}."
-        )
-    words = {
-        "agrees": "the predictions agree with what happened",
-        "partly": "the predictions agree with what happened in part",
-        "disagrees": "the predictions do not agree with what happened",
-    }[verdict]
-    over = f"on {tests} test example{'s' if tests > 1 else ''} {words}: {_words(statistics)}"
-    scale = _scale(statistics["slope"]) if verdict != "disagrees" else ""
-    better = f" Newton-corrected: {_words(newton)}." if newton is not None else ""
-    left = len(examples) - details["converged"]
-    more = f" Refits that did not settle, and are left out: {left}." if left else ""
-    local = f" {HELD}" if details.get("objective") == "held" else ""
-    return f"{done}; {over}{scale}.{better}{more}{local}"
-
-
-def _words(statistics: Mapping[str, float | None]) -> str:
-    names = {"slope": "slope", "spearman": "rank correlation", "r2": "R²"}
-    return ", ".join(
-        f"{word} {'undefined' if (value := statistics[name]) is None else f'{value:.3g}'}"
-        for name, word in names.items()
-    )
-
-
-def _scale(slope: float | None) -> str:
-    if slope is None or SAME_SCALE[0] <= slope <= SAME_SCALE[1]:
-        return ""
-    return f"; they are too {'small' if slope < 1 else 'large'}, about {slope:.2g} of the real changes"
 
 
 def _check(influence: Influence, scores: Scores, count: int, objective: str) -> None:
@@ -353,8 +277,3 @@ def _frame(
             "converged": np.repeat((relative <= CONVERGED).numpy(), k),
         }
     )
-
-
-def _number(value: Any) -> float | None:
-    """A finite float, or None, as JSON has no NaN."""
-    return float(value) if value is not None and math.isfinite(value) else None
