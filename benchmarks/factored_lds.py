@@ -21,7 +21,7 @@ from torch import Tensor
 
 import refluence as rf
 from benchmarks.inputs import Inputs
-from benchmarks.lds import Table, first_seed, reported
+from benchmarks.lds import Table, reported
 from refluence import evaluation
 from refluence.errors import SketchSizeError
 from refluence.evaluation.tuning import tune_damping
@@ -80,10 +80,7 @@ def main() -> None:
     train, test = benchmark.train, benchmark.test
     folder = arguments.out
     folder.mkdir(parents=True, exist_ok=True)
-    whole = evaluation.retrain(
-        benchmark.task, train, test, arguments.subsets, benchmark.recipe, seeds=2, path=folder / "halves"
-    )
-    truth = first_seed(whole)
+    truth = evaluation.retrain(benchmark.task, train, test, arguments.subsets, benchmark.recipe, path=folder / "halves")
     print(f"{benchmark.description}\n{truth.n_subsets} random halves, {truth.n_test} test rows\n")
     print("| method | λ | LDS | 95 % interval | seeds averaged | s |\n| --- | --- | --- | --- | --- | --- |")
     table = Table(folder / "factored.json")
