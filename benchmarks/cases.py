@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks.case import Case, Size
+from benchmarks.case import QUICK, Case, Size
 from benchmarks.inverse_cases import inverse_cases
 
 ITEMS = (
     *("gram", "cg", "ekfac", "harmonic", "sketch", "formed", "route", "factored", "agreement"),
-    *("solve", "lissa", "arnoldi", "nystroem"),
+    *("solve", "lissa", "arnoldi", "nystroem", "leverage"),
 )
 
 
@@ -98,7 +98,17 @@ def cases(size: Size, damping: float) -> list[Case]:
             repetitions=1,
         )
     )
-    return table + inverse_cases(size, damping)
+    leverage = Case(
+        "leverage",
+        "leverage",
+        ours,
+        "leverage scores, XᵀX and SVD in turns",
+        f"{workers}.leverage",
+        {"quick": size == QUICK},
+        repetitions=1,
+        timeout=1800,
+    )
+    return [*table, *inverse_cases(size, damping), leverage]
 
 
 def factored_cases(size: Size, damping: float) -> list[Case]:

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 from refluence._version import __version__
 
 if TYPE_CHECKING:
-    from refluence import errors, evaluation, sketches, solvers, theory
+    from refluence import errors, evaluation, leverage, selection, sketches, solvers, theory
     from refluence.accuracy import Accuracy
     from refluence.certificates import Certificate
     from refluence.damping import EffectiveDimension, RelativeDamping
     from refluence.ensemble import Ensemble
     from refluence.execution import Execution
     from refluence.influence import Influence
+    from refluence.layer_features import features
+    from refluence.leverage import LeverageScores, leverage_scores
     from refluence.scores import Scores
+    from refluence.selection import Selection, select
     from refluence.task import Task
 
 __all__ = [
@@ -25,12 +28,19 @@ __all__ = [
     "Ensemble",
     "Execution",
     "Influence",
+    "LeverageScores",
     "RelativeDamping",
     "Scores",
+    "Selection",
     "Task",
     "__version__",
     "errors",
     "evaluation",
+    "features",
+    "leverage",
+    "leverage_scores",
+    "select",
+    "selection",
     "sketches",
     "solvers",
     "theory",
@@ -44,8 +54,13 @@ _HOMES = {
     "Ensemble": "ensemble",
     "Execution": "execution",
     "Influence": "influence",
+    "LeverageScores": "leverage",
     "Scores": "scores",
+    "Selection": "selection",
+    "select": "selection",
     "Task": "task",
+    "features": "layer_features",
+    "leverage_scores": "leverage",
 }
 
 

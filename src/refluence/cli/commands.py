@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from refluence._version import __version__
+from refluence.cli import leverage as leverage_command
+from refluence.cli import leverage_basis, projection  # noqa: F401  (they add commands to `study`)
 from refluence.cli import options as o
-from refluence.cli import projection  # noqa: F401  (it adds commands to `study`)
 from refluence.cli.data import app as data_app
 from refluence.cli.root import Command, Root, examples
 from refluence.cli.study import app as study_app
@@ -31,6 +32,7 @@ app = typer.Typer(
         ("refluence attribute --dataset digits --model mlp --out results", "explain a built-in model"),
         ("refluence attribute --task my_model.py:influence_task --out results", "explain your own"),
         ("refluence evaluate --dataset digits --model lr --out tested", "test attributions against retraining"),
+        ("refluence leverage --dataset digits --out unusual", "which rows are unlike the others"),
         ("refluence COMMAND --help", "options and examples of a command"),
     ),
 )
@@ -311,6 +313,9 @@ def evaluate(
         console = Console()
         print_evaluation(console, done)
         print_files(console, folder)
+
+
+app.command("leverage", cls=Command, epilog=leverage_command.EXAMPLES)(leverage_command.leverage)
 
 
 @app.command(

@@ -16,7 +16,7 @@ from refluence.errors import DataError
 from refluence.files import write_text
 
 MANIFEST, SCORES, TOP, REPORT = "manifest.json", "scores.zarr", "top.parquet", "report.html"
-CERTIFICATE = "certificate.parquet"
+CERTIFICATE, LEVERAGE = "certificate.parquet", "leverage.parquet"
 SUMMARY, RESULTS, GROUND_TRUTH, FIGURES = "summary.json", "results.parquet", "ground-truth", "figures"
 _TOOL = "refluence"
 
@@ -48,6 +48,11 @@ class OutputFolder:
     def certificate(self) -> Path:
         """What is known of the error of each test's scores."""
         return self.path / CERTIFICATE
+
+    @property
+    def leverage(self) -> Path:
+        """What `LeverageScores.load` reads."""
+        return self.path / LEVERAGE
 
     @property
     def report(self) -> Path:
@@ -92,7 +97,7 @@ class OutputFolder:
         self.check()
         self.path.mkdir(parents=True, exist_ok=True)
         self._write({"status": "running", "command": command})
-        for old in (self.top, self.certificate, self.report, self.summary, self.results):
+        for old in (self.top, self.certificate, self.leverage, self.report, self.summary, self.results):
             old.unlink(missing_ok=True)
         for old in (self.scores, self.figures):
             if old.is_dir():
@@ -109,7 +114,7 @@ class OutputFolder:
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest of a complete run."""
-        tables = (self.scores, self.top, self.certificate, self.summary, self.results)
+        tables = (self.scores, self.top, self.certificate, self.leverage, self.summary, self.results)
         results = (*tables, self.figures, self.ground_truth, self.report)
         files = [path.name for path in results if path.exists()]
         self._write({"status": "complete", **manifest, "files": files})

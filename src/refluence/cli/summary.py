@@ -51,6 +51,7 @@ def print_files(console: Console, folder: OutputFolder) -> None:
         (folder.scores, "all scores, for rf.Scores.load"),
         (folder.top, "the most helpful and harmful train rows"),
         (folder.certificate, "what is known of the error of the scores"),
+        (folder.leverage, "all leverage scores, for rf.LeverageScores.load"),
         (folder.summary, "every number under a flat key"),
         (folder.results, "the same as a tidy table"),
         (folder.figures, "the pictures"),

@@ -26,6 +26,15 @@ from refluence.evaluation.plots import (
     plot_spectrum,
 )
 from refluence.evaluation.randomisation import randomisation
+from refluence.evaluation.rankings import (
+    corrected_overlap,
+    kendall_tau,
+    overlap_by_chance,
+    overlaps,
+    rank_biased_overlap,
+    spearman_rho,
+    swap_fraction,
+)
 from refluence.evaluation.refitting import Refit, refit_without
 from refluence.evaluation.removal import Brittleness, brittleness, removal_curve
 from refluence.evaluation.retraining import load_models, retrain
@@ -50,10 +59,12 @@ __all__ = [
     "baseline_scores",
     "brittleness",
     "class_retrieval",
+    "corrected_overlap",
     "embedding_neighbours",
     "evaluate",
     "gradient_cosine",
     "gradient_dot",
+    "kendall_tau",
     "lds",
     "lds_difference",
     "leave_one_out",
@@ -66,6 +77,8 @@ __all__ = [
     "mislabel",
     "newton_removal",
     "newton_steps",
+    "overlap_by_chance",
+    "overlaps",
     "plot_agreement",
     "plot_brittleness",
     "plot_comparison",
@@ -75,10 +88,13 @@ __all__ = [
     "random_scores",
     "random_subsets",
     "randomisation",
+    "rank_biased_overlap",
     "refit_without",
     "removal_curve",
     "retrain",
+    "spearman_rho",
     "subclass_retrieval",
+    "swap_fraction",
     "tail_patch",
     "top_cardinality",
     "tune_damping",

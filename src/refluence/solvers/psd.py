@@ -68,6 +68,11 @@ class PositiveMatrix:
             return vectors @ (_inverse(values, shift)[:, None] * (vectors.T @ right))
         return torch.cholesky_solve(right, self._cholesky(shift))
 
+    def inverse_root(self, shift: float) -> Float[Tensor, "N N"]:
+        """W, upper triangular, with W Wᵀ = (M+μI)⁻¹, for μ > 0."""
+        unit = torch.eye(self.size, dtype=self.matrix.dtype, device=self.matrix.device)
+        return torch.linalg.solve_triangular(self._cholesky(shift), unit, upper=False).T
+
     def inverse_diagonal(self, shift: float) -> Float[Tensor, " N"]:
         """Diagonal of (M+μI)⁻¹."""
         if self._inverse_diagonal is None or self._inverse_diagonal[0] != shift:

@@ -44,6 +44,7 @@ class StudyPage:
         table: its index names the rows; numbers are shown as they are given, as text.
         findings_title: above the findings.
         row_name: above the names of the rows.
+        kind: what the page is of.
     """
 
     title: str
@@ -56,6 +57,7 @@ class StudyPage:
     source: str
     findings_title: str = "What each method got"
     row_name: str = "Method"
+    kind: str = "study"
 
 
 def render(page: StudyPage) -> str:
