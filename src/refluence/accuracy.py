@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -66,8 +67,9 @@ class Accuracy:
     def __post_init__(self) -> None:
         for name in ("epsilon", "confidence"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1:
+            if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < 1:
                 raise RefluenceError(f"{name} of Accuracy must lie between 0 and 1, not {value!r}")
+            object.__setattr__(self, name, float(value))
         if self.relative_to not in ("scores", "largest"):
             raise RefluenceError(f'relative_to of Accuracy must be "scores" or "largest", not {self.relative_to!r}')
 

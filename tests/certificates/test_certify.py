@@ -223,7 +223,7 @@ def test_bad_questions(problem):
         certify(influence, problem.test, confidence=95)
     with pytest.raises(DataError, match="sample must be 1 to 9"):
         certify(influence, problem.test, sample=10)
-    with pytest.raises(DataError, match="Kfac is no single sketch"):
+    with pytest.raises(DataError, match="it is for single sketches, and the solver is Kfac"):
         certify(influence, problem.test, deterministic=True)
     ggn = problem.influence(rf.solvers.Sketched(rf.sketches.SJLT(64)), curvature="ggn")
     with pytest.raises(DataError, match='this is "ggn"'):

@@ -107,7 +107,7 @@ def test_exact_scores_are_good_and_unknown_errors_a_caution():
     assert (exact.value, exact.tone) == ("Dense", "good")
     assert exact.reading == "the whole matrix, on the generalised Gauss–Newton matrix: exact for this damping"
     low_rank = shown("ggn", rf.solvers.Nystroem(8))["Solver"]
-    assert (low_rank.tone, "not known" in low_rank.reading) == ("caution", True)
+    assert (low_rank.tone, "certify measures how far off" in low_rank.reading) == ("caution", True)
     sketched = shown("ggn", rf.solvers.Sketched(rf.sketches.Gaussian(16)))["Solver"]
     assert (sketched.tone, sketched.reading.endswith("approximate, each score has a 95 % interval")) == ("plain", True)
 

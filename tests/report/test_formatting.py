@@ -35,7 +35,15 @@ def test_signed_and_count() -> None:
 
 @pytest.mark.parametrize(
     ("share", "text"),
-    [(0.0, "0 %"), (0.0004, "< 0.1 %"), (0.034, "3.4 %"), (0.5, "50 %"), (0.9999, "> 99.9 %"), (1.0, "100 %")],
+    [
+        (0.0, "0 %"),
+        (0.0004, "< 0.1 %"),
+        (0.034, "3.4 %"),
+        (0.5, "50 %"),
+        (0.9963, "99.6 %"),
+        (0.9999, "> 99.9 %"),
+        (1.0, "100 %"),
+    ],
 )
 def test_percent(share: float, text: str) -> None:
     assert percent(share).replace("\N{NO-BREAK SPACE}", " ") == text

@@ -136,7 +136,7 @@ def test_a_damping_below_what_the_sketch_adds_is_refused_with_the_size_to_use(pr
     own = float(1 / (1 / torch.linalg.eigvalsh(P @ curvature(problem.G) @ P.T)).mean())
     influence = problem.influence(sketch, True, damping=1.01 * own)
     influence.score(problem.test)
-    with pytest.raises(rf.errors.RefluenceError, match=r"m = 8 .*Use m of at least \d+, or a larger damping"):
+    with pytest.raises(rf.errors.RefluenceError, match=r"m = 8 .*Try m = \d+, or a larger damping"):
         influence.at(0.99 * own).score(problem.test)
     problem.influence(sketch, False, damping=0.01 * own).score(problem.test)
 

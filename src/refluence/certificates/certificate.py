@@ -73,8 +73,9 @@ class Certificate:
         check = self.sampled
         if check is None:
             return ""
+        which = "random" if len(check.rows) < len(self.frame) else "of all"
         text = (
-            f"Against {check.reference} on {len(check.rows)} random tests the error is "
+            f"Against {check.reference} on {len(check.rows)} {which} tests the error is "
             f"{_percent(float(check.errors.median()))} in the median and {_percent(self.largest_error)} at most"
         )
         if len(check.rows) < len(self.frame):

@@ -101,7 +101,7 @@ def _why_no_bound(influence: Influence) -> str:
     """Why the certain bound does not apply; empty where it does."""
     fit = influence._fitted()
     if not isinstance(fit.state, SketchedState):
-        return f"solver {fit.plan.solver} is no single sketch"
+        return f"it is for single sketches, and the solver is {fit.plan.solver}"
     if not (isinstance(fit.curvature, OuterCurvature) and fit.curvature.own_rows):
         return f'it is for the curvature "fisher", and this is "{influence.curvature}"'
     if any(shift <= 0 for shift in influence.shifts.values()):

@@ -13,6 +13,7 @@ from refluence.accuracy import check_accuracy
 from refluence.cli.options import CurvatureName, DtypeName
 from refluence.cli.solver import SolverChoice
 from refluence.errors import RefluenceError
+from refluence.execution import usable_device
 
 DEFAULT_SAMPLES = 2
 
@@ -77,14 +78,9 @@ class Method:
         if self.device is None:
             return None
         try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise typer.BadParameter(
-                f"device {self.device!r} cannot be used here: {reason}", param_hint="--device"
-            ) from error
-        return device
+            return usable_device(self.device)
+        except RefluenceError as error:
+            raise typer.BadParameter(str(error), param_hint="--device") from error
 
 
 def parse_damping(text: str) -> Any:

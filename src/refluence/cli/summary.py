@@ -16,6 +16,7 @@ from refluence.cli.output_folder import OutputFolder
 from refluence.report.diagnostics import findings
 
 if TYPE_CHECKING:
+    from refluence import Influence
     from refluence.cli.evaluation import Evaluation
 
 MAX_ROWS = 12
@@ -75,7 +76,7 @@ def _facts(explanation: Explanation) -> Table:
     lines |= {
         "attributed": influence.coverage.summary,
         "curvature": influence.curvature,
-        "solver": str(influence.plan.solver),
+        "solver": _solver(influence),
         **{found.name.lower(): found.sentence for found in findings(influence.diagnostics)},
         "damping λ": _damping(influence.damping),
         "effective dimension": _number(influence.effective_dimension),
@@ -90,6 +91,12 @@ def _facts(explanation: Explanation) -> Table:
     for name, value in lines.items():
         table.add_row(name, escape(value))
     return table
+
+
+def _solver(influence: Influence) -> str:
+    """The solver and, where an accuracy chose it, why."""
+    plan = influence.plan
+    return plan.solver if influence.settings.accuracy is None else f"{plan.solver}: {plan.reason}"
 
 
 def _strongest(top: pd.DataFrame) -> Table:

@@ -155,7 +155,7 @@ def _exactness(influence: Influence, scores: Scores) -> Fact:
         return Fact("Solver", name, f"{how}exact for this damping", "good")
     if "residual" in influence.diagnostics:
         return Fact("Solver", name, f"{how}exact up to the relative residual")
-    return Fact("Solver", name, f"{how}no error bars, how far the scores are off is not known", "caution")
+    return Fact("Solver", name, f"{how}approximate, without error bars; certify measures how far off it is", "caution")
 
 
 def _no_residual(influence: Influence) -> Fact:

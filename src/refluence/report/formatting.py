@@ -36,7 +36,7 @@ def statistic(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of one as per cent: 0.4 %, 12 %, 100 %."""
+    """A share of one as per cent: 0.4 %, 12 %, 99.6 %, and 100 % for all only."""
     if not math.isfinite(share):
         return "—"
     value = 100 * share
@@ -44,7 +44,8 @@ def percent(share: float) -> str:
         return "< 0.1\N{NO-BREAK SPACE}%"
     if 99.9 <= value < 100:
         return "> 99.9\N{NO-BREAK SPACE}%"
-    return f"{value:.{0 if value >= 10 or value == 0 else 1}f}\N{NO-BREAK SPACE}%"
+    whole = value in (0, 100) or 10 <= value < 99
+    return f"{value:.{0 if whole else 1}f}\N{NO-BREAK SPACE}%"
 
 
 def count(value: int, noun: str) -> str:

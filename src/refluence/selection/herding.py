@@ -19,7 +19,7 @@ def herding(
 ) -> Int64[Tensor, " k"]:
     """Kernel herding without repetition: step t takes argmax μ(x_i) − (1/t) Σ_{s<t} κ(x_i, x_s).
 
-    μ is the mean embedding (1/n) Σ_j κ(·, x_j): greedy for the maximum mean discrepancy between the rows chosen and all.
+    μ is the mean embedding (1/n) Σ_j κ(·, x_j): greedy for the maximum mean discrepancy between those chosen and all.
     κ is the inner product, or with a bandwidth b the Gaussian exp(−‖x − y‖²/(2b²)), whose means take O(n²·d); each step
     takes O(n·d).
 

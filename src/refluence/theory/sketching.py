@@ -55,7 +55,7 @@ def corrected_damping(eigenvalues: Spectrum, size: int, target: float) -> float:
         wanted = 2 * effective_dimension(values, target)
         raise SketchSizeError(
             f"a sketch of m = {size} rows cannot estimate scores at damping {target:.3g}: it adds more damping of its "
-            f"own, {1.0 / float((1.0 / np.maximum(values, np.finfo(float).tiny)).mean()):.3g}. Use m of at least "
+            f"own, {1.0 / float((1.0 / np.maximum(values, np.finfo(float).tiny)).mean()):.3g}. Try m = "
             f"{max(2 * size, 2 * int(np.ceil(wanted)))}, or a larger damping"
         )
     return target * float(np.exp(brentq(excess, low, 0.0, xtol=1e-13, rtol=1e-13)))

@@ -68,8 +68,9 @@ def _accuracy_panel(ax: Axes, table: pd.DataFrame, names: Sequence[str], titles:
         width = 2.2 if name == "random" else 1.3
         ax.plot(own["k"], own["mean"], color=color, linewidth=width, marker=".", label=titles[name])
         ax.fill_between(own["k"], own["low"], own["high"], color=color, alpha=0.15, linewidth=0)
-    ax.set(xscale="log", xlabel="selected rows, k", ylabel="test accuracy", ylim=(0, 1))
-    ax.legend(frameon=False, fontsize=7.5, loc="lower right")
+    ax.set(xscale="log", xlabel="selected rows, k", ylabel="test accuracy")
+    ax.set_ylim(np.floor(10 * min(0.9, table["mean"].min())) / 10 if len(table) else 0, 1)
+    ax.legend(frameon=False, fontsize=7.5, loc="best")
     _quiet(ax)
 
 

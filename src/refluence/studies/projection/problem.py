@@ -17,7 +17,7 @@ from torch import Tensor
 from refluence._version import __version__
 from refluence.batches import Batches
 from refluence.errors import DataError
-from refluence.execution import Execution
+from refluence.execution import Execution, usable_device
 from refluence.fitting import model_fingerprint
 from refluence.gradients.capture import Capture
 from refluence.gradients.groups import parameter_groups
@@ -118,7 +118,7 @@ class Problem:
     @property
     def device(self) -> torch.device:
         """Where all is computed."""
-        return torch.device(self.options.device or "cpu")
+        return usable_device(self.options.device or "cpu")
 
     @property
     def parameters(self) -> int:
