@@ -168,3 +168,25 @@ def test_the_top_of_exact_scores_is_certain(scores):
     assert scores.probability_in_top(99).tolist() == [[1.0] * 4] * 2
     with pytest.raises((DataError, TypeError), match="0"):
         scores.probability_in_top(0)
+
+
+def test_scores_of_an_approximation_without_errors_do_not_pass_for_exact():
+    values = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
+    scores = rf.Scores(values, 3, manifest={"exact": False})
+    assert not scores.exact
+    assert "no errors known" in repr(scores)
+    assert all(bool(end.isnan().all()) for end in scores.interval())
+    assert bool(scores.indistinguishable().all())
+    assert bool(scores.probability_in_top(1).isnan().all())
+    assert bool(scores.probability_in_bottom(1).isnan().all())
+    assert list(scores.top(2)["train"]) == [0, 2]
+    exact = rf.Scores(values, 3, manifest={"exact": True})
+    assert exact.exact
+    assert "exact" in repr(exact)
+
+
+@pytest.mark.parametrize("rows", [[3], [0, -4]])
+def test_rows_that_do_not_exist_are_named(rows):
+    scores = rf.Scores(torch.zeros(3, 2), 2)
+    with pytest.raises(DataError, match=rf"no test row {rows[-1]}: the scores have 3"):
+        scores.rows(rows)

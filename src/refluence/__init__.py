@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from refluence.leverage import LeverageScores, leverage_scores
     from refluence.scores import Scores
     from refluence.selection import Selection, select
+    from refluence.stored_scores import StoredScores
     from refluence.task import Task
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "RelativeDamping",
     "Scores",
     "Selection",
+    "StoredScores",
     "Task",
     "__version__",
     "errors",
@@ -57,6 +59,7 @@ _HOMES = {
     "LeverageScores": "leverage",
     "Scores": "scores",
     "Selection": "selection",
+    "StoredScores": "stored_scores",
     "select": "selection",
     "Task": "task",
     "features": "layer_features",

@@ -102,6 +102,7 @@ class Batches:
         self._tensors: Batch | None = None
         self._loader: DataLoader | None = None
         self._function: Callable[[int, Batch], Batch] | None = None
+        self._chosen: list[int] | None = None
         if isinstance(data, DataLoader):
             self._loader = _checked_loader(data, name)
             self.batch_size = data.batch_size or self.batch_size
@@ -121,19 +122,22 @@ class Batches:
 
     def __len__(self) -> int:
         """The number of batches."""
-        return -(-self.n // self.batch_size)
+        return -(-self.n // self.batch_size) if self._chosen is None else len(self._chosen)
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        """(first row, batch) over the whole set."""
+        """(first row, batch) over the whole set, or over the batches that `holding` chose."""
+        if self._chosen is not None:
+            for index, batch in zip(self._chosen, self.raw(), strict=True):
+                yield index * self.batch_size, self._given(index * self.batch_size, batch)
+            return
         start, first, last = 0, "", ""
-        for batch in self._raw():
+        for batch in self.raw():
             count = rows_of(batch)
             if start == 0:
                 first = _hash(batch)
             if start + count >= self.n:
                 last = _hash(batch)
-            placed = self._placed(batch)
-            yield start, placed if self._function is None else self._function(start, placed)
+            yield start, self._given(start, batch)
             start += count
         if start != self.n:
             raise DataError(f"the {self.name} gave {start} rows but its length is {self.n}: no rows may be dropped")
@@ -143,6 +147,12 @@ class Batches:
         """The same batches, each given by `function(first row, batch)` when it is reached."""
         other = copy.copy(self)
         other._function = function
+        return other
+
+    def holding(self, ranges: Sequence[tuple[int, int]]) -> Batches:
+        """Only the batches, cut as always, that hold rows of any of the ranges [start, stop)."""
+        other, size = copy.copy(self), self.batch_size
+        other._chosen = sorted({i for start, stop in ranges for i in range(start // size, -(-stop // size))})
         return other
 
     def select(self, rows: Sequence[int]) -> Batch:
@@ -162,13 +172,24 @@ class Batches:
         ends = (self.select(range(size)), self.select(range(self.n - size, self.n)))
         return hashlib.sha256(":".join([str(self.n), *map(_hash, ends)]).encode()).hexdigest()
 
-    def _raw(self) -> Iterator[Batch]:
+    def raw(self) -> Iterator[Batch]:
+        """The batches as they are read, before they are cast or moved."""
+        size, loader = self.batch_size, self._loader
         if self._tensors is not None:
-            for start in range(0, self.n, self.batch_size):
-                yield slice_rows(self._tensors, start, start + self.batch_size)
-        else:
-            assert self._loader is not None
-            yield from _started(self._loader)
+            for index in range(-(-self.n // size)) if self._chosen is None else self._chosen:
+                yield slice_rows(self._tensors, index * size, (index + 1) * size)
+            return
+        assert loader is not None
+        if self._chosen is not None:
+            rows = [list(range(index * size, min((index + 1) * size, self.n))) for index in self._chosen]
+            loader = DataLoader(
+                loader.dataset, batch_sampler=rows, collate_fn=loader.collate_fn, num_workers=loader.num_workers
+            )
+        yield from _started(loader)
+
+    def _given(self, start: int, batch: Batch) -> Batch:
+        placed = self._placed(batch)
+        return placed if self._function is None else self._function(start, placed)
 
     def _placed(self, batch: Batch) -> Batch:
         def place(tensor: Tensor) -> Tensor:

@@ -31,6 +31,10 @@ class SketchSizeError(RefluenceError):
     """A sketch with too few rows for the damping or the effective dimension that is wanted."""
 
 
+class StoreError(RefluenceError):
+    """A store of gradients that cannot be used: of another fingerprint, full, not to be written to, or no store."""
+
+
 class NotFittedError(RefluenceError):
     """Something was asked of an `Influence` before `fit`."""
 

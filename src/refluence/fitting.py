@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from refluence.curvature import Curvature
 from refluence.curvature.build import CURVATURES, make_curvature
 from refluence.curvature.outputs import IndefiniteLossError, root_count
 from refluence.damping import DampingChoice
-from refluence.errors import RefluenceError
+from refluence.errors import PlanError, RefluenceError
 from refluence.execution import Execution
 from refluence.gradients.blocks import GradientBlock
 from refluence.gradients.capture import Capture
@@ -26,8 +27,10 @@ from refluence.gradients.outer import OuterBlock
 from refluence.gradients.routes import Groups
 from refluence.gradients.rows import GradientRows
 from refluence.planning import Plan, make_plan
-from refluence.solvers import Solver, State
+from refluence.solvers import Sketched, Solver, State
 from refluence.solvers.cost import Workload
+from refluence.store.fingerprint import gradients_fingerprint
+from refluence.store.keeping import Keeping
 from refluence.task import Task
 
 PROBE_ROWS = 32
@@ -100,9 +103,28 @@ class Prepared:
         w = self.plan.workload
         kept = self.plan.chosen.kept * KEPT_SLACK
         share = w.bytes_per_row / max(1.0, w.bytes_per_row + w.feature_bytes_per_row)
-        loss = self.capture.loss
-        rows = GradientRows(self.capture, self.batches, loss, int(kept * share), settings.progress)
+        loss, keeping = self.capture.loss, self.keeping(settings)
+        rows = GradientRows(self.capture, self.batches, loss, int(kept * share), settings.progress, keeping=keeping)
         return make_curvature(settings.curvature, rows, weights, q, int(kept * (1 - share)), settings.seed)
+
+    def keeping(self, settings: Settings) -> Keeping | None:
+        """How the train rows are held and stored, None where it is where they are made.
+
+        Raises:
+            PlanError: a store, or an offload, with another solver than a sketch.
+        """
+        execution = settings.execution
+        if not execution.keeps:
+            return None
+        solver = self.plan.chosen.solver
+        if not isinstance(solver, Sketched):
+            asked = f"store={os.fspath(execution.store)!r}" if execution.store else f"offload={execution.offload!r}"
+            raise PlanError(
+                f"rf.Execution({asked}) is about the projected gradients of solver Sketched, and the solver is "
+                f"{self.plan.solver}: use rf.solvers.Sketched(rf.sketches.SJLT(4096)), or leave it out"
+            )
+        fingerprint = gradients_fingerprint(settings.task, model_fingerprint(self.capture.model), settings.groups)
+        return Keeping(execution, fingerprint, by_size=settings.accuracy is not None)
 
 
 def prepare(settings: Settings, train: Data, n_test: int) -> Prepared:
@@ -144,6 +166,7 @@ def prepare(settings: Settings, train: Data, n_test: int) -> Prepared:
         batch_size=batches.batch_size,
         device=reference.device,
         damping=settings.damping,
+        offload=settings.execution.offload,
     )
     plan = make_plan(workload, settings.curvature, settings.solver, budget, settings.seed)
     if settings.accuracy is not None and settings.solver == "auto":

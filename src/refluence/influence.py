@@ -29,8 +29,9 @@ from refluence.gradients.rows import GradientRows
 from refluence.perturbation import input_derivatives, train_rows
 from refluence.planning import ASSUMED_TESTS, Plan
 from refluence.scores import Scores
-from refluence.scoring import added_scores, columns_of, scores_by_block
+from refluence.scoring import added_scores, columns_of, scores_by_block, scores_in_folder, tiles_of
 from refluence.solvers import Identity, Solver
+from refluence.stored_scores import StoredScores
 from refluence.task import Task
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Influence:
         batch_size: examples a forward pass; None: chosen from a probe. A `DataLoader` keeps its own.
         progress: whether long passes show a bar.
         seed: of sampled labels and of the automatic sketch (no random choice in the exact solvers).
-        execution: memory that may be used.
+        execution: memory that may be used, and where projected train gradients are held and stored.
         samples: labels an example of "mc_fisher"; two or more give every score of solver Gram a standard error.
 
     Raises:
@@ -267,6 +268,7 @@ class Influence:
         normalize: str | None = None,
         errors: bool = True,
         by_block: Literal[False] = False,
+        out: None = None,
     ) -> Scores: ...
 
     @overload
@@ -278,7 +280,21 @@ class Influence:
         groups: str | Iterable[Any] | None = None,
         normalize: str | None = None,
         errors: bool = True,
+        by_block: Literal[False] = False,
+        out: str | Path,
+    ) -> StoredScores: ...
+
+    @overload
+    def score(
+        self,
+        test: Data,
+        *,
+        weights: Sequence[float] | Tensor | None = None,
+        groups: str | Iterable[Any] | None = None,
+        normalize: str | None = None,
+        errors: bool = True,
         by_block: Literal[True],
+        out: None = None,
     ) -> dict[str, Scores]: ...
 
     def score(
@@ -290,7 +306,8 @@ class Influence:
         normalize: str | None = None,
         errors: bool = True,
         by_block: bool = False,
-    ) -> Scores | dict[str, Scores]:
+        out: str | Path | None = None,
+    ) -> Scores | StoredScores | dict[str, Scores]:
         """τ_λ of every test example with every train example; positive = helpful.
 
         Args:
@@ -301,13 +318,18 @@ class Influence:
                 Brunet & Dziugaite 2020), which keeps globally influential examples from ranking first everywhere.
             errors: False: without standard errors, which spares their time: of a sketch about that of the fit again.
             by_block: a dict of the scores that come from each block of parameters; they add up to the scores.
+            out: a folder to which they are written some tests at a time, so that they are never in memory all at once;
+                what is given back reads them from there.
 
         Raises:
-            DataError: wrong test data, weights or groups.
+            DataError: wrong test data, weights or groups, or an `out` that holds something else.
         """
         check_normalisation(normalize)
+        if out is not None and by_block:
+            raise RefluenceError("by_block=True gives a dict of scores in memory: score without `out`")
         tests = self._test_rows(test)
-        fit = self._accurate(tests)
+        for part in (tests,) if out is None or self.settings.accuracy is None else tiles_of(tests, self.n_train):
+            fit = self._accurate(part)
         columns = columns_of(fit, self.shifts, weights, groups, normalize)
         targets = self._targets()
         manifest = {
@@ -319,6 +341,8 @@ class Influence:
             "test_fingerprint": tests.batches.checksum,
         }
 
+        if out is not None:
+            return scores_in_folder(fit, tests, self.shifts, columns, errors, manifest, Path(out))
         if by_block:
             return scores_by_block(fit, tests, self.shifts, columns, errors, manifest, targets)
         return added_scores(fit, tests, self.shifts, columns, errors, manifest)

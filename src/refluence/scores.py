@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +17,10 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from refluence._version import __version__
 from refluence.errors import DataError
+from refluence.scores_folder import open_scores, read_ids, replacing_scores, write_ids, write_record
 from refluence.top_probability import probability_in_top
 
-FORMAT_NAME = "refluence-scores-"
-FORMAT = FORMAT_NAME + "1"
 CONFIDENCE = 0.95
 """Of the intervals in tables."""
 
@@ -38,7 +33,8 @@ class Scores:
         values: (n_test, n_train); columns are groups of train rows where the scores were summed by group.
         n_train: n of the training set.
         train_ids, test_ids: row ids (or group names) of the columns and rows.
-        error: standard error of every value from the approximation used; None where the values are exact.
+        error: standard error of every value from the approximation used; None where the values are `exact`, or where
+            nothing is known of their errors.
         target_damping: the damping κ that the values estimate; a dict block → κ where blocks differ.
         manifest: versions, seeds, λ, d_λ, fingerprints.
     """
@@ -68,32 +64,45 @@ class Scores:
         return tuple(self.values.shape)  # type: ignore[return-value]
 
     @property
+    def exact(self) -> bool:
+        """Whether there is no error: none is given, and the solver of the manifest, if any, says that it makes none."""
+        return self.error is None and bool(self.manifest.get("exact", True))
+
+    @property
     def predicted_loo_change(self) -> Float[Tensor, "k n"]:
         """Predicted change of each test measurement if the train example were removed: scores / n."""
         return self.values / self.n_train
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[Float[Tensor, "k n"], Float[Tensor, "k n"]]:
-        """(lower, upper) normal intervals of the values; both are the values where they are exact.
+        """(lower, upper) normal intervals of the values; the values where they are exact, NaN where no error is known.
 
         Raises:
             DataError: a confidence outside (0, 1).
         """
         factor = _normal_factor(confidence)
         if self.error is None:
-            return self.values, self.values
+            ends = self.values if self.exact else torch.full_like(self.values, torch.nan)
+            return ends, ends
         return self.values - factor * self.error, self.values + factor * self.error
 
     def indistinguishable(self, confidence: float = CONFIDENCE) -> Bool[Tensor, "k n"]:
         """Whether the interval of a pair covers 0; each pair for itself: of many, 1 − confidence miss their value.
 
+        True everywhere where no error is known.
+
         Raises:
             DataError: a confidence outside (0, 1).
         """
         factor = _normal_factor(confidence)
-        return self.values == 0 if self.error is None else self.values.abs() <= factor * self.error
+        if self.error is None:
+            return self.values == 0 if self.exact else torch.ones_like(self.values, dtype=torch.bool)
+        return self.values.abs() <= factor * self.error
 
     def probability_in_top(self, k: int = 10) -> Float64[Tensor, "k n"]:
-        """P(among the k most helpful train examples of a test): by independent normal errors, 0 or 1 where exact."""
+        """P(among the k most helpful train examples of a test), by independent normal errors.
+
+        0 or 1 where the scores are exact, NaN where no error is known.
+        """
         return self._probability(k, largest=True)
 
     def probability_in_bottom(self, k: int = 10) -> Float64[Tensor, "k n"]:
@@ -104,6 +113,8 @@ class Scores:
         k = self._count(k)
         if self.error is not None:
             return probability_in_top(self.values if largest else -self.values, self.error, k)
+        if not self.exact:
+            return torch.full(self.shape, torch.nan, dtype=torch.float64)
         chosen = torch.topk(self.values, k, dim=1, largest=largest).indices.cpu()
         return torch.zeros(self.shape, dtype=torch.float64).scatter_(1, chosen, 1.0)
 
@@ -158,7 +169,7 @@ class Scores:
         return pd.DataFrame(content)
 
     def to_frame(self) -> pd.DataFrame:
-        """Every pair: test, train, score, error (NaN where exact), predicted_loo_change.
+        """Every pair: test, train, score, error (NaN where exact or not known), predicted_loo_change.
 
         Where there are errors also `low` and `high` of the 95 % interval.
         """
@@ -187,7 +198,14 @@ class Scores:
         return path
 
     def rows(self, tests: Sequence[int]) -> Scores:
-        """The scores of some test rows, by position."""
+        """The scores of some test rows, by position.
+
+        Raises:
+            DataError: rows that do not exist.
+        """
+        k = self.values.shape[0]
+        if wrong := [row for row in tests if not -k <= row < k]:
+            raise DataError(f"there is no test row {wrong[0]!r}: the scores have {k}, 0 to {k - 1}")
         index = torch.as_tensor(list(tests), device=self.values.device)
         return Scores(
             self.values[index],
@@ -207,92 +225,44 @@ class Scores:
         Raises:
             DataError: the path holds something else, or the manifest is not JSON.
         """
+        record = {**self.manifest, "n_train": self.n_train, "target_damping": self.target_damping}
         path = Path(path)
-        if path.exists() and not _holds_scores(path):
-            raise DataError(f"{path} exists and holds no scores: choose another path")
-        manifest = {
-            **self.manifest,
-            "format": FORMAT,
-            "refluence": __version__,
-            "n_train": self.n_train,
-            "target_damping": self.target_damping,
-        }
-        try:
-            text = json.dumps(manifest, indent=2) + "\n"
-        except TypeError as error:
-            raise DataError(f"the manifest of the scores cannot be written as JSON: {error}") from error
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        try:
-            self._write(beside, manifest, text)
-            if path.exists():
-                shutil.rmtree(path)
-            beside.rename(path)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-        path.chmod(0o755)
+        with replacing_scores(path) as beside:
+            group = zarr.open_group(str(beside), mode="w")
+            group.create_array("values", data=self.values.cpu().numpy())
+            if self.error is not None:
+                group.create_array("error", data=self.error.cpu().numpy())
+            write_ids(group, "train_ids", self.train_ids)
+            write_ids(group, "test_ids", self.test_ids)
+            write_record(beside, record)
         return path
-
-    def _write(self, path: Path, manifest: dict[str, Any], text: str) -> None:
-        group = zarr.open_group(str(path), mode="w")
-        arrays = {"values": self.values.cpu().numpy(), "train_ids": self.train_ids, "test_ids": self.test_ids}
-        if self.error is not None:
-            arrays["error"] = self.error.cpu().numpy()
-        for name, array in arrays.items():
-            if array.dtype.kind in "OU":
-                group.attrs[name] = [str(item) for item in array]
-            else:
-                group.create_array(name, data=array)
-        group.attrs["manifest"] = manifest
-        (path / "manifest.json").write_text(text)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or `Influence.score(out=path)`.
 
         Raises:
             DataError: the path holds no scores, or of another format.
         """
-        path = Path(path)
-        if not _holds_scores(path):
-            raise DataError(f"{path} holds no scores: it should be a directory that Scores.save wrote")
-        group: Any = zarr.open_group(str(path), mode="r")
-        manifest = dict(group.attrs["manifest"])
-        if manifest.get("format") != FORMAT:
-            raise DataError(f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT!r}")
-
-        def array(name: str) -> NDArray:
-            return np.asarray(group.attrs[name]) if name in group.attrs else group[name][...]
-
+        group, manifest = open_scores(Path(path))
         return cls(
-            torch.from_numpy(array("values")),
+            torch.from_numpy(group["values"][...]),
             int(manifest["n_train"]),
-            array("train_ids"),
-            array("test_ids"),
-            torch.from_numpy(array("error")) if "error" in group else None,
+            read_ids(group, "train_ids"),
+            read_ids(group, "test_ids"),
+            torch.from_numpy(group["error"][...]) if "error" in group else None,
             manifest.get("target_damping"),
             manifest,
         )
 
     def __repr__(self) -> str:
         k, n = self.values.shape
-        kind = "exact" if self.error is None else "with standard errors"
+        kind = "with standard errors" if self.error is not None else "exact" if self.exact else "no errors known"
         return f"Scores({k} test × {n} train, {kind}, damping {self.target_damping})"
 
 
 def _normal_factor(confidence: float) -> float:
     """Half the width of a normal interval, in standard errors."""
-    if not 0 < confidence < 1:
+    if not isinstance(confidence, Real) or not 0 < confidence < 1:
         raise DataError(f"confidence must lie between 0 and 1, not {confidence!r}")
     return float(stats.norm.ppf(0.5 + confidence / 2))
-
-
-def _holds_scores(path: Path) -> bool:
-    """Whether a directory is what `Scores.save` wrote, in this or another format version."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return False
-    named = isinstance(manifest, dict) and str(manifest.get("format", "")).startswith(FORMAT_NAME)
-    return named and (path / "zarr.json").exists()

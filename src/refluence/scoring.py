@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from refluence.batches import Batches
 from refluence.columns import Columns, ColumnSums, checked_weights, group_codes
 from refluence.errors import RefluenceError
 from refluence.fitting import Fit
 from refluence.gradients.rows import GradientRows
+from refluence.progress import track
 from refluence.scores import Scores
+from refluence.scores_folder import replacing_scores
 from refluence.solvers.state import Shifts
+from refluence.stored_scores import StoredScores, write_tiles
+
+MATRICES_PER_TILE = 8
 
 
 def columns_of(
@@ -55,6 +62,43 @@ def added_scores(
     values = _total(parts)
     error = None if deviations is None else _combined(deviations, fit.state.independent_blocks)
     return _finished(fit, values, error, columns, manifest)
+
+
+def scores_in_folder(
+    fit: Fit,
+    tests: GradientRows,
+    shifts: Shifts,
+    columns: Columns,
+    errors: bool,
+    manifest: dict[str, Any],
+    folder: Path,
+) -> StoredScores:
+    """`added_scores` written to a folder some tests at a time, so that they are never in memory all at once.
+
+    Raises:
+        DataError: the folder holds something else.
+        RefluenceError: scores that are not finite.
+    """
+    shown = track(tiles_of(tests, fit.rows.n), "scores", -(-tests.n // tile_size(tests, fit.rows.n)), tests.progress)
+    with replacing_scores(folder) as beside:
+        scores = (added_scores(fit, part, shifts, columns, errors, manifest) for part in shown)
+        write_tiles(beside, scores, tests.n)
+    return StoredScores(folder)
+
+
+def tiles_of(tests: GradientRows, n: int) -> Iterator[GradientRows]:
+    """The tests, so many at a time that their scores with n train examples fit the memory; whole batches if they do."""
+    size, whole = tile_size(tests, n), tests.batches
+    for first in range(0, tests.n, size):
+        part = whole.select(range(first, min(first + size, tests.n)))
+        batches = Batches(part, whole.batch_size, whole.device, whole.dtype, whole.name)
+        yield GradientRows(tests.capture, batches, tests.objective, tests.memory, progress=False)
+
+
+def tile_size(tests: GradientRows, n: int) -> int:
+    """Tests of one tile: scores, errors and what these are made of are (k, n) matrices in float64."""
+    size, batch = max(1, tests.memory // (8 * MATRICES_PER_TILE * n)), tests.batches.batch_size
+    return size if size < batch else size - size % batch
 
 
 def scores_by_block(

@@ -16,6 +16,7 @@ from refluence.cli import leverage_basis, projection  # noqa: F401  (they add co
 from refluence.cli import options as o
 from refluence.cli.data import app as data_app
 from refluence.cli.root import Command, Root, examples
+from refluence.cli.store import app as store_app
 from refluence.cli.study import app as study_app
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ app = typer.Typer(
     ),
 )
 app.add_typer(data_app, name="data")
+app.add_typer(store_app, name="store")
 app.add_typer(study_app, name="study")
 
 

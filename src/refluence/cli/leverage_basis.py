@@ -26,7 +26,7 @@ _GROUPS = ("classification", "regression", "untrained")
     cls=StudyCommand,
     epilog=examples(
         ("refluence study leverage-basis --dataset digits --out lb", "on the digits, in a minute, without a download"),
-        ("refluence study leverage-basis --out lb", "the 70,000 images of MNIST, half an hour on two quiet cores"),
+        ("refluence study leverage-basis --out lb", "the 70,000 images of MNIST, 70 minutes of CPU"),
         ("refluence study leverage-basis --out lb --sizes 10,100,1000,10000 --seeds 10", "other sizes, more seeds"),
         ("refluence study leverage-basis --out lb --convolutional-steps 12000", "the original's 15 epochs at every k"),
     ),

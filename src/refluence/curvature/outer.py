@@ -141,6 +141,10 @@ class OuterCurvature(Curvature):
 
     def traces(self) -> dict[str, float]:
         """Block → tr C_b, the weighted mean squared norm of its rows."""
+        if self.own_rows:
+            w = self.weights
+            squares = {b: v if w is None else v * w.to(v) for b, v in self.rows.squared_norms().items()}
+            return {block: float(of_rows.sum()) / self.n for block, of_rows in squares.items()}
         totals = dict.fromkeys(self.groups, 0.0)
         for start, blocks in self.features:
             for block, rows in blocks.items():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
 from refluence.batches import Batches
 from refluence.gradients.capture import Capture
@@ -13,6 +16,9 @@ from refluence.gradients.functional import Objective
 from refluence.gradients.joint import JointBlock
 from refluence.gradients.matrices import LayerMatrix
 from refluence.progress import track
+
+if TYPE_CHECKING:
+    from refluence.store.keeping import Keeping
 
 BlocksOfBatch = dict[str, JointBlock]
 
@@ -27,18 +33,27 @@ class GradientRows:
         memory: bytes that may be kept.
         progress: whether passes show a bar.
         q: values of the objective, and so gradients, for each example.
+        keeping: how what is made of these gradients is kept and stored; None: in memory.
     """
 
     def __init__(
-        self, capture: Capture, batches: Batches, objective: Objective, memory: int, progress: bool = True, q: int = 1
+        self,
+        capture: Capture,
+        batches: Batches,
+        objective: Objective,
+        memory: int,
+        progress: bool = True,
+        q: int = 1,
+        keeping: Keeping | None = None,
     ) -> None:
-        self.q = q
+        self.q, self.keeping = q, keeping
         self.capture, self.batches, self.objective = capture, batches, objective
         self.memory, self.progress = memory, progress
         self.n = batches.n
         self.groups = tuple(capture.groups)
         self._kept: list[tuple[int, BlocksOfBatch]] | None = None
         self._fits = True
+        self._norms: dict[str, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -84,6 +99,31 @@ class GradientRows:
                     keeping, self._fits = None, False
             yield start, blocks
         self._kept = keeping
+
+    def over(self, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, BlocksOfBatch]]:
+        """The batches that hold rows of any of the ranges [start, stop); other rows are not made."""
+        batches = self.batches.holding(ranges)
+        if len(batches) == len(self.batches):
+            yield from self
+        elif self._kept is not None:
+            size = self.batches.batch_size
+            yield from (item for item in self._kept if any(item[0] < b and item[0] + size > a for a, b in ranges))
+        else:
+            passes = self.capture.gradients(batches, self.objective, self.q)
+            yield from track(passes, f"gradients of {self.batches.name}", len(batches), self.progress)
+
+    def squared_norms(self) -> dict[str, Float64[Tensor, " n"]]:
+        """Block → ‖g‖² of every row, made once, or taken from the store where there is one."""
+        if self._norms is None:
+            make = {group: torch.empty(self.n, dtype=torch.float64, device=self.device) for group in self.groups}
+            if self.keeping is not None and self.keeping.place is not None:
+                self.keeping.fill_norms(self, make)
+            else:
+                for start, blocks in self:
+                    for group, block in blocks.items():
+                        make[group][start : start + block.n] = block.squared_norms()
+            self._norms = make
+        return self._norms
 
     def tiles(self) -> Iterator[list[tuple[int, BlocksOfBatch]]]:
         """The gradients in stretches that fit the memory together; one stretch where all fit."""

@@ -27,6 +27,7 @@ class Workload:
         product_work: multiply-adds of one product of the curvature with one vector.
         itemsize, batch_size, device: of the gradients.
         damping: what is asked for; a rule needs the spectrum.
+        offload: where projected rows are held, as in `rf.Execution`.
     """
 
     n: int
@@ -42,11 +43,17 @@ class Workload:
     batch_size: int
     device: torch.device
     damping: DampingChoice
+    offload: str = "none"
 
     @property
     def d(self) -> int:
         """All attributed parameters."""
         return sum(self.dimensions.values())
+
+    @property
+    def held_elsewhere(self) -> bool:
+        """Whether projected rows take none of the device's memory."""
+        return self.offload == "disk" or (self.offload == "cpu" and self.device.type != "cpu")
 
     @property
     def score_bytes(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from refluence.sketches import Sketch
 S = TypeVar("S", bound=Sketch)
 
 LIFTED_ROWS = 256
+MOMENT_ROWS = 4096
 PANEL = 256
 
 
@@ -31,6 +32,33 @@ def project_rows(rows: GradientRows, sketches: dict[str, Sketch]) -> dict[str, F
         for group, block in blocks.items():
             out[group][start : start + block.n] = block.sketch(sketches[group])
     return out
+
+
+def project_train_rows(
+    rows: GradientRows, sketch: Sketch, sketches: dict[str, Sketch], part: str
+) -> tuple[dict[str, Float[Tensor, "n m"]], dict[str, Any] | None]:
+    """Block → projected train gradients, held and stored as the run asks, and what its store did, where there is one.
+
+    Args:
+        sketch: from which those of the blocks come.
+        part: of the store, for one of several sketches.
+    """
+    if rows.keeping is None:
+        return project_rows(rows, sketches), None
+    return rows.keeping.project(rows, sketch, sketches, part)
+
+
+def mean_second_moment(
+    rows: Float[Tensor, "n m"], weights: Tensor | None, device: torch.device
+) -> Float[Tensor, "m m"]:
+    """(1/n) Σ w r rᵀ in float64, some rows at a time, which may be held elsewhere than on the device of the sum."""
+    total: Tensor | None = None
+    for start in range(0, rows.shape[0], MOMENT_ROWS):
+        part = rows[start : start + MOMENT_ROWS].to(device=device, dtype=torch.float64)
+        moment = second_moment(part, None if weights is None else weights[start : start + MOMENT_ROWS])
+        total = moment if total is None else total.add_(moment)
+    assert total is not None
+    return total.div_(rows.shape[0])
 
 
 def second_moment(rows: Float[Tensor, "b m"], weights: Tensor | None) -> Float[Tensor, "m m"]:

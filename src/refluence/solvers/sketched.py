@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -15,8 +15,9 @@ from refluence.solvers.cost import EIGENVALUES_WORK, Cost, Workload
 from refluence.solvers.projection import (
     block_sketches,
     curvature_sketches,
+    mean_second_moment,
     project_rows,
-    second_moment,
+    project_train_rows,
     sketched_curvature,
 )
 from refluence.solvers.replicated import ReplicatedState, exported_members, replicate_sketches, replicated_cost
@@ -58,7 +59,11 @@ class Sketched:
     def prepare(self, curvature: Curvature) -> SketchedState | ReplicatedState:
         """Project the train gradients and the curvature; keep the m×m or the n×n side, whichever is smaller."""
         if self.replicates > 1:
-            return ReplicatedState(curvature, [member._prepare(curvature) for member in self.members])
+            states = [member._prepare(curvature, f"member-{r}") for r, member in enumerate(self.members)]
+            state = ReplicatedState(curvature, states)
+            if "store" in states[0].diagnostics:
+                state.diagnostics["store"] = [member.diagnostics["store"] for member in states]
+            return state
         return self._prepare(curvature)
 
     @property
@@ -67,20 +72,28 @@ class Sketched:
         sketches = replicate_sketches(self.sketch, self.replicates)
         return [replace(self, sketch=sketch, replicates=1) for sketch in sketches]
 
-    def _prepare(self, curvature: Curvature) -> SketchedState:
+    def _prepare(self, curvature: Curvature, part: str = "") -> SketchedState:
+        state, stored = self._projected(curvature, part)
+        if stored is not None:
+            state.diagnostics["store"] = stored
+        return state
+
+    def _projected(self, curvature: Curvature, part: str) -> tuple[SketchedState, dict[str, Any] | None]:
+        """The state, and what the store of its train rows did."""
         sketches = curvature_sketches(self.sketch, curvature)
         if isinstance(curvature, OuterCurvature) and curvature.own_rows:
-            projected = project_rows(curvature.rows, sketches)
+            projected, stored = project_train_rows(curvature.rows, self.sketch, sketches, part)
             if self.sketch.m > curvature.n:
                 roots = root_weights(curvature.weights)
-                grams = {b: weighted_gram(p.double() @ p.double().T, curvature.n, roots) for b, p in projected.items()}
-                return SketchedDual(self.sketch, self.corrected, curvature, grams, projected)
-            weights = curvature.weights
-            moments = {b: second_moment(p.double(), weights) / curvature.n for b, p in projected.items()}
+                doubles = ((block, projected[block].double()) for block in projected)
+                grams = {block: weighted_gram(p @ p.T, curvature.n, roots) for block, p in doubles}
+                return SketchedDual(self.sketch, self.corrected, curvature, grams, projected), stored
+            weights, device = curvature.weights, curvature.device
+            moments = {block: mean_second_moment(p, weights, device) for block, p in projected.items()}
         else:
             moments = sketched_curvature(curvature, sketches)
-            projected = project_rows(curvature.rows, sketches)
-        return SketchedPrimal(self.sketch, self.corrected, curvature, moments, projected)
+            projected, stored = project_train_rows(curvature.rows, self.sketch, sketches, part)
+        return SketchedPrimal(self.sketch, self.corrected, curvature, moments, projected), stored
 
     def restore(self, curvature: Curvature, tensors: dict[str, Tensor]) -> SketchedState | ReplicatedState:
         """The state from what it exported."""
@@ -96,10 +109,11 @@ class Sketched:
         return kind(self.sketch, self.corrected, curvature, matrices, projected)
 
     def cost(self, w: Workload) -> Cost:
-        """n·m numbers kept, and one pass of projections."""
+        """n·m numbers kept unless they are held elsewhere, and one pass of projections."""
         m, side, blocks = self.sketch.m, min(self.sketch.m, w.n), len(w.dimensions)
         projection = self.sketch.work(w.d, w.bytes_per_row / w.itemsize)
-        fixed = blocks * (16.0 * side**2 + w.n * m * max(4, w.itemsize)) + 8.0 * (side**2 + w.n * m + w.tests * m)
+        held = 0 if w.held_elsewhere else w.n * m * max(4, w.itemsize)
+        fixed = blocks * (16.0 * side**2 + held) + 8.0 * (side**2 + w.n * m + w.tests * m)
         work = (w.n + w.tests) * projection + blocks * (w.n * m * side + w.n * m * w.tests)
         work += blocks * (1.0 + EIGENVALUES_WORK) * side**3 / 3
         if w.q is None:

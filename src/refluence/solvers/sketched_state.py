@@ -185,8 +185,9 @@ class SketchedPrimal(SketchedState):
         """Block → τ̃(v_i, w_j g_j)."""
         vectors = self.projected_tests(tests)
         for block, system, shift in self.systems_at(shifts):
-            solved = system.solve(vectors[block].T, shift)
-            yield block, self._weighted((self.projected[block].double() @ solved).T)
+            rows, solved = self.projected[block], system.solve(vectors[block].T, shift)
+            # The solve needs float64; its products with rows that were rounded to float32 gain nothing by it.
+            yield block, self._weighted((rows @ solved.to(rows.dtype)).T.double())
 
     def _over_train(self, block: str, shift: float, squared: bool) -> Float[Tensor, " n"]:
         parts = []
