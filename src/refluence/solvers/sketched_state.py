@@ -187,7 +187,7 @@ class SketchedPrimal(SketchedState):
         for block, system, shift in self.systems_at(shifts):
             rows, solved = self.projected[block], system.solve(vectors[block].T, shift)
             # The solve needs float64; its products with rows that were rounded to float32 gain nothing by it.
-            yield block, self._weighted((rows @ solved.to(rows.dtype)).T.double())
+            yield block, self._weighted((solved.T.to(rows.dtype) @ rows.T).double())
 
     def _over_train(self, block: str, shift: float, squared: bool) -> Float[Tensor, " n"]:
         parts = []
