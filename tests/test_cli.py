@@ -586,4 +586,4 @@ def test_a_sketched_run_writes_its_errors_everywhere(tmp_path):
     assert harmful["probability_in_bottom"].tolist() == scores.bottom(4)["probability_in_bottom"].tolist()
     page = (out / "report.html").read_text()
     assert "the error of the random projection alone" in page
-    assert "top 4: " in page
+    assert "4 most helpful: " in page

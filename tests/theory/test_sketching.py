@@ -38,7 +38,7 @@ def test_the_two_forms_of_the_law_agree(values, extra, damping):
 
 
 def test_a_target_below_the_harmonic_mean_is_refused_with_a_size():
-    with pytest.raises(RefluenceError, match=r"m = 2 .* at least 6"):
+    with pytest.raises(RefluenceError, match=r"m = 2 .* Try m = 6"):
         corrected_damping([1.0, 3.0], 2, 1.4)
     assert corrected_damping([1.0, 3.0], 2, 1.6) > 0  # the harmonic mean is 1.5
 
