@@ -84,6 +84,8 @@ def test_weights_and_groups_and_no_errors(tests, tile, tmp_path):
 
 def test_some_rows_and_tiles(influence, tests, tmp_path, monkeypatch):
     stored = influence.score(tests, out=tmp_path / "scores")
+    with pytest.raises(DataError, match=f"no test row {K}: the scores have {K}"):
+        stored.rows([0, K])
     some = stored.rows([3, 0])
     whole = stored.load()
     assert torch.equal(some.values, whole.values[[3, 0]])

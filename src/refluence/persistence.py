@@ -32,7 +32,8 @@ from refluence.accuracy import Accuracy
 from refluence.batches import Batches, tree_map
 from refluence.columns import checked_weights
 from refluence.curvature import OuterCurvature
-from refluence.errors import DataError, RefluenceError
+from refluence.errors import DataError, PlanError, RefluenceError
+from refluence.execution import usable_device
 from refluence.fitting import Fit, model_fingerprint
 from refluence.influence import Influence
 from refluence.planning import ASSUMED_TESTS
@@ -287,8 +288,8 @@ def _device(name: str | None) -> str | None:
     if name is None:
         return None
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
+        usable_device(name)
+    except PlanError:
         warnings.warn(f"the fit was made on {name!r}, which is not here: the model's device is used", stacklevel=3)
         return None
     return name

@@ -203,10 +203,7 @@ class Scores:
         Raises:
             DataError: rows that do not exist.
         """
-        k = self.values.shape[0]
-        if wrong := [row for row in tests if not -k <= row < k]:
-            raise DataError(f"there is no test row {wrong[0]!r}: the scores have {k}, 0 to {k - 1}")
-        index = torch.as_tensor(list(tests), device=self.values.device)
+        index = torch.as_tensor(checked_rows(tests, self.values.shape[0]), device=self.values.device)
         return Scores(
             self.values[index],
             self.n_train,
@@ -259,6 +256,17 @@ class Scores:
         k, n = self.values.shape
         kind = "with standard errors" if self.error is not None else "exact" if self.exact else "no errors known"
         return f"Scores({k} test × {n} train, {kind}, damping {self.target_damping})"
+
+
+def checked_rows(rows: Sequence[int], k: int) -> list[int]:
+    """Positions among k rows, those before the first counted from the end.
+
+    Raises:
+        DataError: rows that do not exist.
+    """
+    if wrong := [row for row in rows if not -k <= row < k]:
+        raise DataError(f"there is no test row {wrong[0]!r}: the scores have {k}, 0 to {k - 1}")
+    return [int(row) % k for row in rows]
 
 
 def _normal_factor(confidence: float) -> float:

@@ -12,7 +12,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from refluence.scores import Scores
+from refluence.scores import Scores, checked_rows
 from refluence.scores_folder import open_scores, read_ids, write_ids, write_record
 
 KEPT = 10
@@ -50,8 +50,12 @@ class StoredScores:
         return tuple(self._group["values"].shape)
 
     def rows(self, tests: Sequence[int]) -> Scores:
-        """The scores of some test rows, by position."""
-        chosen = np.asarray(list(tests), dtype=np.int64)
+        """The scores of some test rows, by position.
+
+        Raises:
+            DataError: rows that do not exist.
+        """
+        chosen = np.asarray(checked_rows(tests, self.shape[0]), dtype=np.int64)
         return self._scores(chosen, lambda array: array.oindex[chosen])
 
     def load(self) -> Scores:

@@ -154,6 +154,8 @@ def test_the_residual_of_an_iterative_solver_is_shown(problem):
     assert 0 < certificate.residual <= 1e-3
     assert certificate.largest_error < 0.1
     assert "residual" in certificate.summary()
+    assert f"on all {K} tests" in certificate.summary()
+    assert "on 5 random tests" in certify(problem.influence(rf.solvers.Kfac()), problem.test, sample=5).summary()
 
 
 def check_of(errors, confidence=0.95):

@@ -5,7 +5,7 @@ import torch
 
 import refluence as rf
 from refluence.errors import PlanError
-from refluence.solvers import Ekfac, Kfac
+from refluence.solvers import ConjugateGradient, Ekfac, Kfac
 from refluence.solvers.projection import block_sketches
 from support.kronecker import DAMPINGS, OWN, Problem, check
 from support.models import CASES
@@ -133,6 +133,22 @@ def test_a_saved_state_gives_the_same_scores():
         again.scores(problem.tests, shifts), state.scores(problem.tests, shifts), strict=True
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("solver", [Kfac, Ekfac])
+def test_it_cannot_precondition_which_needs_all_directions(solver):
+    ConjugateGradient(preconditioner=solver())
+    with pytest.raises(PlanError, match=rf"{solver.__name__} cannot precondition.*singular"):
+        ConjugateGradient(preconditioner=solver(sketch=SKETCH))
+
+
+def test_a_saved_fit_keeps_the_sketch(tmp_path):
+    x, y = torch.randn(12, 4, dtype=torch.float64), torch.arange(12) % 3
+    model = torch.nn.Linear(4, 3).double()
+    fitted = rf.Influence(rf.Task(model), solver=Kfac(sketch=SKETCH), damping=0.1, progress=False).fit((x, y))
+    loaded = rf.Influence.load(fitted.save(tmp_path / "fit"), rf.Task(model))
+    assert loaded.settings.solver == Kfac(sketch=SKETCH)
+    torch.testing.assert_close(loaded.score((x, y)).values, fitted.score((x, y)).values, rtol=0, atol=0)
 
 
 def test_other_sketches_are_refused():

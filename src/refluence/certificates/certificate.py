@@ -73,12 +73,13 @@ class Certificate:
         check = self.sampled
         if check is None:
             return ""
-        which = "random" if len(check.rows) < len(self.frame) else "of all"
+        count = len(check.rows)
+        which = f"{count} random" if count < len(self.frame) else f"all {count}"
         text = (
-            f"Against {check.reference} on {len(check.rows)} {which} tests the error is "
+            f"Against {check.reference} on {which} tests the error is "
             f"{_percent(float(check.errors.median()))} in the median and {_percent(self.largest_error)} at most"
         )
-        if len(check.rows) < len(self.frame):
+        if count < len(self.frame):
             text += (
                 f"; with confidence {self.confidence:g}, at least {_percent(check.share)} of tests like these have no "
                 "larger one"

@@ -30,7 +30,7 @@ def agreement_of(rows: pd.DataFrame, column: str) -> dict[str, float | None]:
     if measured.size < 3:
         return dict.fromkeys(METRICS)
     table = agreement(predicted, measured, resamples=RESAMPLES).set_index("metric")["value"]
-    return {name: number(table[name]) for name in METRICS}
+    return {name: finite_or_none(table[name]) for name in METRICS}
 
 
 def verdict_of(statistics: Mapping[str, float | None]) -> Verdict:
@@ -90,6 +90,6 @@ def _scale(slope: float | None) -> str:
     return f"; they are too {'small' if slope < 1 else 'large'}, about {slope:.2g} of the real changes"
 
 
-def number(value: Any) -> float | None:
+def finite_or_none(value: Any) -> float | None:
     """A finite float, or None, as JSON has no NaN."""
     return float(value) if value is not None and math.isfinite(value) else None

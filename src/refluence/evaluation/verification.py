@@ -22,7 +22,7 @@ from refluence.evaluation.measuring import measure
 from refluence.evaluation.newton import inverse_products, newton_removal
 from refluence.evaluation.refitting import Refit, join, refits
 from refluence.evaluation.sums import flat_parameters
-from refluence.evaluation.verdict import METRICS, Verdict, agreement_of, number, sentence_of, verdict_of
+from refluence.evaluation.verdict import METRICS, Verdict, agreement_of, finite_or_none, sentence_of, verdict_of
 from refluence.gradients.functional import single_gradients
 from refluence.influence import Influence
 from refluence.scores import Scores
@@ -71,7 +71,7 @@ class Verification:
 
     def manifest(self) -> dict[str, Any]:
         """The statistics, the verdict and how it was done: JSON-able."""
-        numbers = {name: number(getattr(self, name)) for name in METRICS}
+        numbers = {name: finite_or_none(getattr(self, name)) for name in METRICS}
         removed = [int(row) for row in dict.fromkeys(self.frame["removed"])]
         return {
             "verdict": self.verdict,

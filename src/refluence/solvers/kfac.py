@@ -77,6 +77,11 @@ class KroneckerSolver(ABC):
             )
 
     @property
+    def singular(self) -> bool:
+        """Whether solutions lie in a subspace, so that it cannot precondition."""
+        return self.sketch is not None
+
+    @property
     @abstractmethod
     def updated(self) -> bool:
         """Whether the eigenvalues are those of EK-FAC."""
