@@ -219,3 +219,100 @@ def test_a_data_set_shorter_than_its_length_is_refused():
 def test_every_error_of_the_library_is_a_value_error():
     assert issubclass(DataError, RefluenceError)
     assert issubclass(RefluenceError, ValueError)
+
+
+# ------------------------------------------------------------------ rows that another one stands for
+
+
+class Withheld(Rows):
+    """Rows of which some cannot be read."""
+
+    def __init__(self, *withheld):
+        super().__init__()
+        self.withheld = withheld
+
+    def __getitem__(self, row):
+        if row in self.withheld:
+            raise FileNotFoundError(f"row {row}")
+        return super().__getitem__(row)
+
+
+REPLACED = torch.tensor([0, 1, 4, 3, 4, 4, 6, 7, 8, 9, 4])
+"""What is read where rows 2, 5 and 10 are replaced by row 4."""
+WITHHELD = {
+    **HOLDERS,
+    "data set without the rows": Withheld(2, 5, 10),
+    "loader without the rows": DataLoader(Withheld(2, 5, 10), batch_size=4),
+    "loader with workers": DataLoader(Withheld(2, 5, 10), batch_size=4, num_workers=1),
+}
+
+
+@pytest.mark.parametrize("holder", WITHHELD)
+def test_replaced_rows_read_as_another_one_in_every_way_of_reading(holder):
+    batches = Batches(WITHHELD[holder], batch_size=4).replacing([2, 5, 10], 4)
+    for _ in range(2):
+        pieces = list(batches)
+        assert [start for start, _ in pieces] == [0, 4, 8]
+        assert torch.equal(torch.cat([batch[0] for _, batch in pieces]), X[REPLACED])
+        assert torch.equal(torch.cat([batch[1] for _, batch in pieces]), REPLACED)
+    assert torch.equal(torch.cat([x for x, _ in batches.raw()]), X[REPLACED])
+    assert batches.select([10, 2, 3, 4])[1].tolist() == [4, 4, 3, 4]
+    [(start, (x, y))] = batches.holding([(9, 10)])
+    assert (start, y.tolist()) == (8, [8, 9, 4])
+    assert torch.equal(x, X[[8, 9, 4]])
+    mapped = batches.mapped(lambda start, batch: (start, batch[1].tolist()))
+    assert [batch for _, batch in mapped] == [(0, [0, 1, 4, 3]), (4, [4, 4, 6, 7]), (8, [8, 9, 4])]
+    part = batches.stretch(8, 11)
+    assert [batch[1].tolist() for _, batch in part] == [[8, 9, 4]]
+    assert part.select([2, 0])[1].tolist() == [4, 8]
+    assert batches.checksum == Batches((X[REPLACED], REPLACED)).checksum
+
+
+def test_replacing_changes_neither_the_data_nor_the_batches_it_is_made_from():
+    x, y = X.clone(), Y.clone()
+    before = Batches((x, y), 4)
+    after = before.replacing([1], 0)
+    assert torch.equal(after.select([1])[0], X[:1])
+    list(after)
+    assert torch.equal(x, X)
+    assert torch.equal(y, Y)
+    assert torch.equal(torch.cat([x for _, (x, _) in before]), X)
+
+
+def test_rows_replaced_twice_read_as_the_last_one():
+    for holder in (HOLDERS["tuple"], HOLDERS["data set"], WITHHELD["data set without the rows"]):
+        batches = Batches(holder, 4).replacing([2, 5], 0).replacing([0, 10], 1)
+        assert torch.cat([y for _, (_, y) in batches]).tolist() == [1, 1, 1, 3, 4, 1, 6, 7, 8, 9, 1]
+    part = Batches(HOLDERS["data set"], 4).replacing([5], 0).stretch(4, 11).replacing([6], 2)
+    assert part.select(range(7))[1].tolist() == [4, 6, 6, 7, 8, 9, 6]
+
+
+@pytest.mark.parametrize(("rows", "by"), [([2], 2), ([2], 11), ([11], 1), ([-1], 1), ([2], -1)])
+def test_a_row_cannot_stand_for_itself_or_for_none(rows, by):
+    with pytest.raises(DataError, match="cannot stand for rows"):
+        Batches((X, Y)).replacing(rows, by)
+
+
+def test_a_row_that_cannot_be_read_is_no_error_before_it_is_needed_and_named_then():
+    batches = Batches(Withheld(0, 1, 2, 3, 6, 9), 4)
+    assert batches.select([5])[1].tolist() == [5]
+    with pytest.raises(FileNotFoundError) as raised:
+        list(batches.holding([(4, 8)]))
+    assert raised.value.__notes__ == ["raised by reading data row 6"]
+    with pytest.raises(FileNotFoundError) as raised:
+        batches.select([5, 9])
+    assert raised.value.__notes__ == ["raised by reading data row 9"]
+    with pytest.raises(FileNotFoundError) as raised:
+        list(Batches(Withheld(10), 4, name="train"))
+    assert raised.value.__notes__ == ["raised by reading train row 10"]
+
+
+def test_rows_that_can_be_read_are_compared_where_others_cannot():
+    class Both(Changing):
+        def __getitem__(self, row):
+            if row == 1:
+                raise FileNotFoundError
+            return super().__getitem__(row)
+
+    with pytest.raises(DataError, match="differ between two readings"):
+        Batches(Both(2))

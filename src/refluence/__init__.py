@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from refluence.influence import Influence
     from refluence.layer_features import features
     from refluence.leverage import LeverageScores, leverage_scores
+    from refluence.scale import Scale, scale_plan
     from refluence.scores import Scores
     from refluence.selection import Selection, select
     from refluence.stored_scores import StoredScores
@@ -31,6 +32,7 @@ __all__ = [
     "Influence",
     "LeverageScores",
     "RelativeDamping",
+    "Scale",
     "Scores",
     "Selection",
     "StoredScores",
@@ -41,6 +43,7 @@ __all__ = [
     "features",
     "leverage",
     "leverage_scores",
+    "scale_plan",
     "select",
     "selection",
     "sketches",
@@ -57,6 +60,7 @@ _HOMES = {
     "Execution": "execution",
     "Influence": "influence",
     "LeverageScores": "leverage",
+    "Scale": "scale",
     "Scores": "scores",
     "Selection": "selection",
     "StoredScores": "stored_scores",
@@ -64,6 +68,7 @@ _HOMES = {
     "Task": "task",
     "features": "layer_features",
     "leverage_scores": "leverage",
+    "scale_plan": "scale",
 }
 
 

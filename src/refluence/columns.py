@@ -88,6 +88,11 @@ class ColumnSums:
         out[torch.arange(len(self.codes)), self.codes.cpu()] = self.factors.double().cpu()
         return out
 
+    def stretch(self, first: int, count: int) -> ColumnSums:
+        """The same of `count` columns from the first on, alone."""
+        here = slice(first, first + count)
+        return ColumnSums(self.factors[here], self.codes[here], self.count)
+
     def columns(self, values: Float[Tensor, "k n"]) -> Float[Tensor, "k g"]:
         """The columns of each group, times their factors, added."""
         summed = torch.zeros(values.shape[0], self.count, dtype=values.dtype, device=values.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class RefluenceError(ValueError):
     """Base of every error that the library raises about its input."""
@@ -15,7 +17,23 @@ class TaskError(RefluenceError):
     """A task whose loss, measurement, forward or parameter choice does not fit its model or data."""
 
 
-class NonFiniteError(RefluenceError):
+class BadExampleError(RefluenceError):
+    """An example that cannot be read, on which the model or the loss raises, or whose loss or gradient is not finite.
+
+    Attributes:
+        row: its number, as the message gives it.
+        reason: what is wrong with it, without its number.
+    """
+
+    def __init__(self, message: str, row: int, reason: str) -> None:
+        super().__init__(message)
+        self.row, self.reason = row, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.row, self.reason), self.__dict__
+
+
+class NonFiniteError(BadExampleError):
     """NaN or Inf in a loss or gradient; names the row of the example and the parameter."""
 
 
@@ -41,3 +59,7 @@ class NotFittedError(RefluenceError):
 
 class SolverError(RefluenceError):
     """A solver that cannot give the inverse: negative curvature, divergence."""
+
+
+class ClusterError(RefluenceError):
+    """A cluster that cannot do the work: no workers, workers that die, data too large to send."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 import torch
@@ -31,7 +32,13 @@ class Execution:
         store: a path, or a URL that fsspec knows, of a folder in which they are stored as they are made, so that a
             killed fit goes on from there and a later fit makes only what is missing; None: they are not stored.
         store_dtype: torch.float16, bfloat16 or float32; None: that of the gradients, without rounding.
-        shard_rows: rows of one file of the store, rounded up to whole batches; None: about 16 MB.
+        shard_rows: rows of one file of the store, rounded up to whole batches, and of what a worker of a cluster does
+            in one task; None: about 16 MB, and some tasks a worker.
+        cluster: a `dask.distributed.Client`, the address of a scheduler, or "local" for a worker on every core: the
+            train side is then made, held and scored on the workers; None: here, or in the processes of the
+            torch.distributed group that this one belongs to. `memory` is then that of each worker.
+        skip_bad: whether a fit leaves out, with weight 0, the train examples that cannot be read, on which the model or
+            the loss raises, or whose loss or gradient is NaN or Inf, instead of stopping at the first.
 
     Raises:
         PlanError: a memory that is no positive size, another word for offload, options of a store without one.
@@ -42,6 +49,8 @@ class Execution:
     store: str | os.PathLike[str] | None = None
     store_dtype: torch.dtype | None = None
     shard_rows: int | None = None
+    skip_bad: bool = False
+    cluster: Any = None
 
     def __post_init__(self) -> None:
         if self.memory is not None and parse_bytes(self.memory) <= 0:
@@ -56,8 +65,13 @@ class Execution:
         rows = self.shard_rows
         if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
             raise PlanError(f"shard_rows must be an integer of at least 1, not {rows!r}")
-        if self.store is None and (self.store_dtype is not None or rows is not None):
+        if self.store is None and (self.store_dtype is not None or (rows is not None and self.cluster is None)):
             raise PlanError("store_dtype and shard_rows are of a store: give store=PATH too")
+        if self.cluster is not None and not isinstance(self.cluster, str) and not hasattr(self.cluster, "submit"):
+            raise PlanError(
+                'cluster must be a dask.distributed Client, the address of a scheduler or "local", not '
+                f"{self.cluster!r}"
+            )
 
     @property
     def keeps(self) -> bool:

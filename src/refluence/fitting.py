@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from refluence.accuracy import Accuracy, accurate_plan, check_accuracy, grown
-from refluence.batches import Batches, Data
-from refluence.columns import checked_weights
+from refluence.accuracy import accurate_plan, grown
+from refluence.batches import Batch, Batches, Data
 from refluence.curvature import Curvature
-from refluence.curvature.build import CURVATURES, make_curvature
+from refluence.curvature.build import make_curvature
 from refluence.curvature.outputs import IndefiniteLossError, root_count
 from refluence.damping import DampingChoice
-from refluence.errors import PlanError, RefluenceError
-from refluence.execution import Execution
+from refluence.distributed.parts_of import budget as memory_budget
+from refluence.distributed.parts_of import parts_of, workers
+from refluence.distributed.recipe import Recipe, loaded
+from refluence.errors import PlanError
 from refluence.gradients.blocks import GradientBlock
 from refluence.gradients.capture import Capture
 from refluence.gradients.outer import OuterBlock
-from refluence.gradients.routes import Groups
 from refluence.gradients.rows import GradientRows
 from refluence.planning import Plan, make_plan
-from refluence.solvers import Sketched, Solver, State
+from refluence.settings import Settings, model_fingerprint, working_model
+from refluence.skipping import bad_rows, good_rows, leaving_out, replaced, weights_without
+from refluence.solvers import Sketched, State
 from refluence.solvers.cost import Workload
 from refluence.store.fingerprint import gradients_fingerprint
-from refluence.store.keeping import Keeping
-from refluence.task import Task
 
 PROBE_ROWS = 32
 FACTOR_BYTES_PER_BATCH = 64 << 20
@@ -41,36 +40,7 @@ KEPT_SLACK = 1.05
 MOST_OUTPUTS = 256
 """Outputs an example up to which the rows of a GGN may be held; its products need no rows."""
 SHARE_FOR_FEATURES = 0.5
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an `Influence` was asked for."""
-
-    task: Task
-    curvature: str
-    solver: Solver | str
-    damping: DampingChoice
-    groups: Groups
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-    batch_size: int | None
-    progress: bool
-    seed: int
-    samples: int
-    execution: Execution
-    accuracy: Accuracy | None = None
-
-    def __post_init__(self) -> None:
-        if self.curvature not in CURVATURES:
-            raise RefluenceError(
-                "curvature must be "
-                + ", ".join(f'"{name}"' for name in CURVATURES[:-1])
-                + f' or "{CURVATURES[-1]}", not {self.curvature!r}'
-            )
-        if not isinstance(self.samples, int) or isinstance(self.samples, bool) or self.samples < 1:
-            raise RefluenceError(f"samples must be an integer of at least 1, not {self.samples!r}")
-        check_accuracy(self.accuracy, self.solver, self.curvature)
+NONE: Mapping[int, str] = {}
 
 
 @dataclass(eq=False)
@@ -83,6 +53,7 @@ class Fit:
     state: State
     plan: Plan
     fingerprint: str
+    skipped: dict[int, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> GradientRows:
@@ -97,18 +68,31 @@ class Prepared:
     capture: Capture
     batches: Batches
     plan: Plan
+    train: Data
+    probe: Batch
+    skipped: Mapping[int, str]
 
     def curvature(self, settings: Settings, weights: Tensor | None, q: int | None) -> Curvature:
         """The curvature on the training data, with its share of the memory for what is kept."""
-        w = self.plan.workload
         kept = self.plan.chosen.kept * KEPT_SLACK
-        share = w.bytes_per_row / max(1.0, w.bytes_per_row + w.feature_bytes_per_row)
-        loss, keeping = self.capture.loss, self.keeping(settings)
-        rows = GradientRows(self.capture, self.batches, loss, int(kept * share), settings.progress, keeping=keeping)
-        return make_curvature(settings.curvature, rows, weights, q, int(kept * (1 - share)), settings.seed)
+        recipe = self.recipe(settings, weights, q)
+        parts = parts_of(recipe, self.capture, self.batches, kept / workers(settings.execution))
+        if parts is None:
+            return recipe.curvature(self.capture, self.batches, kept)
+        whole = replace(recipe, stored=None).curvature(self.capture, self.batches, kept)
+        whole.lie_in(parts)
+        return whole
 
-    def keeping(self, settings: Settings) -> Keeping | None:
-        """How the train rows are held and stored, None where it is where they are made.
+    def recipe(self, settings: Settings, weights: Tensor | None, q: int | None) -> Recipe:
+        """What the train side is made of."""
+        w = self.plan.workload
+        share = w.bytes_per_row / max(1.0, w.bytes_per_row + w.feature_bytes_per_row)
+        stored = self.stored(settings)
+        size = self.batches.batch_size
+        return Recipe(settings, self.train, self.probe, size, weights, q, self.skipped, stored, share)
+
+    def stored(self, settings: Settings) -> dict[str, Any] | None:
+        """The fingerprint of the train rows that are to be stored or held elsewhere, None where they are not.
 
         Raises:
             PlanError: a store, or an offload, with another solver than a sketch.
@@ -123,29 +107,31 @@ class Prepared:
                 f"rf.Execution({asked}) is about the projected gradients of solver Sketched, and the solver is "
                 f"{self.plan.solver}: use rf.solvers.Sketched(rf.sketches.SJLT(4096)), or leave it out"
             )
-        fingerprint = gradients_fingerprint(settings.task, model_fingerprint(self.capture.model), settings.groups)
-        return Keeping(execution, fingerprint, by_size=settings.accuracy is not None)
+        return gradients_fingerprint(settings.task, model_fingerprint(self.capture.model), settings.groups)
 
 
-def prepare(settings: Settings, train: Data, n_test: int) -> Prepared:
-    """Probe the gradients and plan the work."""
+def prepare(settings: Settings, train: Data, n_test: int, skipped: Mapping[int, str] = NONE) -> Prepared:
+    """Probe the gradients and plan the work, without the rows that are left out."""
+    source, train = train, loaded(train)
     model = working_model(settings)
     reference = next(model.parameters())
     probe = Batches(train, settings.batch_size or PROBE_ROWS, reference.device, settings.dtype, "train")
-    capture = Capture(settings.task, model, settings.groups, probe)
-    count = min(PROBE_ROWS, probe.n)
-    sample = Batches(probe.select(range(count)), count, reference.device, settings.dtype, "train")
+    chosen = good_rows(probe, skipped, PROBE_ROWS)
+    count = len(chosen)
+    first_rows = probe.select(chosen)
+    sample = Batches(first_rows, count, reference.device, settings.dtype, "train")
+    capture = Capture(settings.task, model, settings.groups, sample if skipped else probe)
     seconds = float("inf")
     for _ in range(2):
         begin = time.perf_counter()
         [(_, blocks)] = list(capture.gradients(sample, capture.loss))
         seconds = min(seconds, time.perf_counter() - begin)
     per_row = sum(block.nbytes for block in blocks.values()) / count
-    budget = settings.execution.budget(reference.device)
+    budget = memory_budget(settings.execution, reference.device)
     q, features_per_row = _features(settings, capture, sample, probe.n, budget)
     fitting = int(FACTOR_BYTES_PER_BATCH / max(1.0, per_row + features_per_row))
     batch_size = settings.batch_size or max(8, min(LARGEST_BATCH, 1 << max(0, fitting.bit_length() - 1)))
-    batches = Batches(train, batch_size, reference.device, settings.dtype, "train")
+    batches = replaced(Batches(train, batch_size, reference.device, settings.dtype, "train"), skipped)
     dimensions = {
         group: sum(capture.shapes[name].numel() for name in names) for group, names in settings.groups.items()
     }
@@ -171,18 +157,52 @@ def prepare(settings: Settings, train: Data, n_test: int) -> Prepared:
     plan = make_plan(workload, settings.curvature, settings.solver, budget, settings.seed)
     if settings.accuracy is not None and settings.solver == "auto":
         plan = accurate_plan(plan, settings.accuracy, settings.curvature, settings.seed)
-    return Prepared(capture, batches, plan)
+    return Prepared(capture, batches, plan, source, first_rows, skipped)
+
+
+def plan_for(settings: Settings, train: Data, n_test: int) -> Plan:
+    """What a fit would take."""
+    return leaving_out(
+        lambda skipped: prepare(settings, train, n_test, skipped).plan,
+        lambda most: _bad_rows(settings, train, most),
+        settings.execution.skip_bad,
+        seen=lambda _: True,
+    )
 
 
 def fit(settings: Settings, train: Data, weights: Sequence[float] | Tensor | None, n_test: int) -> Fit:
-    """Prepare the solver on the training data.
+    """Prepare the solver on the training data, without its bad examples where these are to be skipped.
 
     Raises:
+        BadExampleError: a bad example, where it is not to be skipped.
         PlanError: the solver does not fit the memory, or cannot do the curvature.
     """
-    prepared = prepare(settings, train, n_test)
+    return leaving_out(
+        lambda skipped: _fit(settings, train, weights, n_test, skipped),
+        lambda most: _bad_rows(settings, train, most),
+        settings.execution.skip_bad,
+        # A store holds finite gradients only, and parts see to their own rows.
+        seen=lambda made: made.rows.passed or settings.execution.store is not None or made.rows.parts is not None,
+    )
+
+
+def _bad_rows(settings: Settings, train: Data, most: int | None) -> dict[int, str]:
+    model = working_model(settings)
+    device = next(model.parameters()).device
+    batches = Batches(loaded(train), settings.batch_size or PROBE_ROWS, device, settings.dtype, "train")
+    return bad_rows(settings.task, model, batches, settings.progress, most)
+
+
+def _fit(
+    settings: Settings,
+    train: Data,
+    weights: Sequence[float] | Tensor | None,
+    n_test: int,
+    skipped: Mapping[int, str],
+) -> Fit:
+    prepared = prepare(settings, train, n_test, skipped)
     prepared.plan.check()
-    checked = None if weights is None else checked_weights(weights, prepared.batches.n)
+    checked = weights_without(weights, skipped, prepared.batches.n)
     q = prepared.plan.workload.q
     solver = prepared.plan.chosen.solver
     curvature = prepared.curvature(settings, checked, q)
@@ -197,7 +217,7 @@ def fit(settings: Settings, train: Data, weights: Sequence[float] | Tensor | Non
     model, plan = prepared.capture.model, prepared.plan
     if settings.accuracy is not None:
         state, plan = accurate(settings, state, plan, settings.damping)
-    return Fit(model, prepared.capture, curvature, state, plan, model_fingerprint(model))
+    return Fit(model, prepared.capture, curvature, state, plan, model_fingerprint(model), dict(skipped))
 
 
 def accurate(
@@ -240,23 +260,3 @@ def _features(settings: Settings, capture: Capture, sample: Batches, n: int, bud
     if name != "mc_fisher" and not asked and n * per_row > SHARE_FOR_FEATURES * budget:
         return None, 0.0
     return q, per_row
-
-
-def working_model(settings: Settings) -> nn.Module:
-    """The task's model, or a copy of it where device or dtype ask for another."""
-    model = settings.task.model
-    parameters = list(model.parameters())
-    device = torch.device(settings.device) if settings.device is not None else parameters[0].device
-    moved = any(p.device != torch.empty(0, device=device).device for p in parameters)
-    if moved or (settings.dtype is not None and any(p.dtype != settings.dtype for p in parameters)):
-        return copy.deepcopy(model).to(device=device, dtype=settings.dtype)
-    return model
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """A hash of the architecture as printed and of every parameter and buffer."""
-    digest = hashlib.sha256(repr(model).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from refluence.columns import check_normalisation, hash_numbers
 from refluence.damping import DampingChoice, check_damping, choice_record, common, resolve
 from refluence.errors import NotFittedError, RefluenceError
 from refluence.execution import Execution
-from refluence.fitting import Fit, Settings, model_fingerprint
+from refluence.fitting import Fit
 from refluence.gradients.coverage import Coverage
 from refluence.gradients.groups import Blocks, parameter_groups
 from refluence.gradients.mixed import differentiable_input
@@ -30,6 +31,8 @@ from refluence.perturbation import input_derivatives, train_rows
 from refluence.planning import ASSUMED_TESTS, Plan
 from refluence.scores import Scores
 from refluence.scoring import added_scores, columns_of, scores_by_block, scores_in_folder, tiles_of
+from refluence.settings import Settings, model_fingerprint
+from refluence.skipping import sentence
 from refluence.solvers import Identity, Solver
 from refluence.stored_scores import StoredScores
 from refluence.task import Task
@@ -118,10 +121,14 @@ class Influence:
 
         Raises:
             DataError: shuffled, empty, changing or wrongly shaped data; wrong weights.
+            BadExampleError: an example that cannot be read or whose loss or gradient is not finite, with its row;
+                `rf.Execution(skip_bad=True)` leaves such examples out.
             PlanError: the solver does not fit the memory, or cannot do the curvature.
             SolverError: the solver met negative curvature or diverged.
         """
         self._take(fitting.fit(self.settings, train, weights, ASSUMED_TESTS))
+        if self.skipped:
+            warnings.warn(sentence(self.skipped, self.n_train), stacklevel=2)
         return self
 
     def _take(self, fit: Fit, resolved: dict[str, float] | None = None) -> None:
@@ -130,7 +137,7 @@ class Influence:
 
     def plan_for(self, train: Data, n_test: int = ASSUMED_TESTS) -> Plan:
         """What `fit` and a score of `n_test` examples would take, without doing it."""
-        return fitting.prepare(self.settings, train, n_test).plan
+        return fitting.plan_for(self.settings, train, n_test)
 
     def _fitted(self) -> Fit:
         if self._fit is None:
@@ -180,6 +187,11 @@ class Influence:
     def n_train(self) -> int:
         """The number of training examples."""
         return self._fitted().rows.n
+
+    @property
+    def skipped(self) -> dict[int, str]:
+        """Row → what is wrong with it, of the training examples that the fit left out; their scores are 0."""
+        return dict(self._fitted().skipped)
 
     @property
     def n_parameters(self) -> int:
@@ -475,6 +487,7 @@ class Influence:
             "seed": self.settings.seed,
             "coverage": fit.capture.coverage.summary,
             "fit_weights": None if fit.curvature.weights is None else hash_numbers(fit.curvature.weights),
+            "skipped_rows": {str(row): reason for row, reason in fit.skipped.items()},
             "train_fingerprint": fit.rows.batches.checksum,
             "model_fingerprint": fit.fingerprint,
         }

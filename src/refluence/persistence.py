@@ -34,10 +34,11 @@ from refluence.columns import checked_weights
 from refluence.curvature import OuterCurvature
 from refluence.errors import DataError, PlanError, RefluenceError
 from refluence.execution import usable_device
-from refluence.fitting import Fit, model_fingerprint
+from refluence.fitting import Fit
 from refluence.influence import Influence
 from refluence.planning import ASSUMED_TESTS
 from refluence.records import from_record, to_record
+from refluence.settings import model_fingerprint, working_model
 from refluence.task import Task
 from refluence.theory import SpectralMeasure
 
@@ -113,7 +114,7 @@ def load(path: Path, task: Task) -> Influence:
     settings = dataclasses.replace(
         influence.settings, solver=from_record(record["solver"]), batch_size=record["batch_size"]
     )
-    if model_fingerprint(fitting.working_model(settings)) != record["model_fingerprint"]:
+    if model_fingerprint(working_model(settings)) != record["model_fingerprint"]:
         raise RefluenceError(
             f"the model is not the one of the fit in {path}: its parameters, buffers or architecture differ. Load the "
             "weights that the fit was made with"
@@ -135,7 +136,8 @@ def load(path: Path, task: Task) -> Influence:
     state = solver.restore(curvature, _under("state/", tensors))
     state.diagnostics = {**record["diagnostics"], **state.diagnostics}
     plan = dataclasses.replace(prepared.plan, reason=record["reason"])
-    fit = Fit(prepared.capture.model, prepared.capture, curvature, state, plan, record["model_fingerprint"])
+    skipped = {int(row): reason for row, reason in record.get("skipped_rows", {}).items()}
+    fit = Fit(prepared.capture.model, prepared.capture, curvature, state, plan, record["model_fingerprint"], skipped)
     influence._take(fit, record["damping"])
     return influence
 
@@ -167,6 +169,7 @@ def _record(influence: Influence) -> dict[str, Any]:
         "n_train": influence.n_train,
         "model_fingerprint": fit.fingerprint,
         "train_fingerprint": fit.rows.batches.checksum,
+        "skipped_rows": {str(row): reason for row, reason in fit.skipped.items()},
         "diagnostics": fit.state.diagnostics,
     }
 

@@ -65,7 +65,7 @@ def test_the_factor_is_reached_by_some_vector(problem):
     state, kappa = influence._fitted().state, influence.damping
     [K_] = gram_matrices(influence._fitted().rows).values()
     K_ = K_.numpy() / N
-    R = state.projected["full"].double().numpy()
+    R = state.projected.rows()["full"].double().numpy()
     mu = state.shift("full", kappa)
     # Scores of the vectors Gᵀy: n·yᵀ[K(K+κ)⁻¹]y exact and n·yᵀ[K̃(K̃+μ)⁻¹]y sketched, gaps n·yᵀκ(K+κ)⁻¹... of u = K^½y.
     assert np.linalg.matrix_rank(K_) == N

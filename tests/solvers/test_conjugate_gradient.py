@@ -32,6 +32,7 @@ class Blocks(Curvature):
         self.passes = []
         self.rows = SimpleNamespace(
             n=10,
+            batches=SimpleNamespace(whole=10),
             groups=tuple(matrices),
             dimension=lambda group: len(matrices[group]),
             device=torch.device("cpu"),

@@ -11,6 +11,7 @@ from torch import nn
 
 import refluence as rf
 from refluence.columns import ColumnSums
+from refluence.solvers.projected import ProjectedHere
 from refluence.solvers.projection import block_sketches
 from refluence.solvers.sketch_errors import has_error_formula, standard_errors
 from refluence.solvers.sketched_state import SketchedDual, SketchedPrimal
@@ -129,7 +130,7 @@ def test_both_sides_give_the_same(seed, weighted, corrected):
     """The m×m and the n×n matrix of one sketch: scores, errors, errors of sums, norms."""
     given, m = Solving(weighted=weighted), 40
     wide = prepared(given, rf.sketches.Gaussian(m, seed=seed), corrected)
-    rows = wide.projected["full"]
+    rows = wide.projected.rows()["full"]
     moment = (rows * given.w[:, None]).T @ rows / N
     narrow = SketchedPrimal(wide.sketch, corrected, given.curvature, {"full": moment}, wide.projected)
     assert isinstance(wide, SketchedDual)
@@ -189,7 +190,7 @@ def test_the_norm_of_a_solved_test_keeps_its_digits_where_it_lies_in_the_range()
     given = Solving(n=4)
     rows = 2 * torch.linalg.qr(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).double())[0].T
     sketch, mu = rf.sketches.Gaussian(40), 1e-9
-    state = SketchedDual(sketch, False, given.curvature, {"full": rows @ rows.T / 4}, {"full": rows})
+    state = SketchedDual(sketch, False, given.curvature, {"full": rows @ rows.T / 4}, ProjectedHere({"full": rows}, given.curvature))
     cross, of_tests = state._squared_with_tests("full", mu, rows.clone())
     torch.testing.assert_close(of_tests, torch.full((4,), 4 / (1 + mu) ** 2).double(), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(cross.diagonal(), of_tests, rtol=1e-6, atol=0.0)

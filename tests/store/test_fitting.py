@@ -248,7 +248,7 @@ def test_fewer_bytes_make_an_error_that_is_reported(dtype, unit, tmp_path):
     exact = fitted(TRAIN, tmp_path / "whole", sketch=sketch)
     first, second = (fitted(TRAIN, tmp_path / "less", sketch=sketch, store_dtype=dtype) for _ in range(2))
     same(first, second)
-    rows, kept = exact._fitted().state.projected["full"], first._fitted().state.projected["full"]
+    rows, kept = exact._fitted().state.projected.rows()["full"], first._fitted().state.projected.rows()["full"]
     measured = float((rows.double() - kept.double()).norm() / rows.double().norm())
     for influence in (first, second):
         assert record(influence)["rounding_error"]["full"] == pytest.approx(measured, rel=1e-12)

@@ -10,26 +10,16 @@ import torch
 import refluence as rf
 from refluence.errors import StoreError
 from refluence.store import memory
-from refluence.store.memory import FetchedRows, empty_rows, mapped, on_device
+from refluence.store.memory import empty_rows, mapped
 from support.stored import Counting, N, data
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
 SIZES = {"a": (5, 3), "b": (5, 2)}
 
 
-def test_rows_of_another_device_are_held_on_the_cpu_and_given_there():
-    held = empty_rows(SIZES, torch.float32, OTHER, "cpu")
-    assert {rows.device for rows in held.values()} == {CPU}
-    rows = on_device(held, OTHER)
-    assert isinstance(rows, FetchedRows)
-    assert rows["a"].device == OTHER
-    assert {values.device for _, values in rows.items()} == {CPU}
+def test_rows_of_another_device_are_held_on_the_cpu():
+    assert {rows.device for rows in empty_rows(SIZES, torch.float32, OTHER, "cpu").values()} == {CPU}
     assert {rows.device for rows in empty_rows(SIZES, torch.float32, OTHER, "none").values()} == {OTHER}
-
-
-def test_rows_that_are_there_already_are_given_as_they_are():
-    held = empty_rows(SIZES, torch.float32, CPU, "cpu")
-    assert on_device(held, CPU) is held
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -56,11 +56,11 @@ def deterministic_bound(
     else:
         grams = {b: weighted_gram(gram, n, roots) for b, gram in gram_matrices(curvature.features).items()}
     across = cross_grams(curvature.features, tests)
-    projected_tests = state.projected_tests(tests)
+    projected, projected_tests = state.projected.rows(), state.projected_tests(tests)
     norms = _squared_norms(tests)
     found, factors, targets = [], {}, state.targets(shifts)
     for block, gram in grams.items():
-        rows = scale_rows(state.projected[block].to(torch.float64, copy=True), roots)
+        rows = scale_rows(projected[block].to(device=curvature.device, dtype=torch.float64, copy=True), roots)
         right = scale_rows(across[block], roots)
         dampings = targets[block], state.shift(block, shifts[block])
         bounds = certain_bounds(gram, rows, right, projected_tests[block], norms[block], *dampings, roots)

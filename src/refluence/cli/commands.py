@@ -14,6 +14,7 @@ from refluence._version import __version__
 from refluence.cli import leverage as leverage_command
 from refluence.cli import leverage_basis, projection  # noqa: F401  (they add commands to `study`)
 from refluence.cli import options as o
+from refluence.cli import scale as of_scale
 from refluence.cli.data import app as data_app
 from refluence.cli.root import Command, Root, examples
 from refluence.cli.store import app as store_app
@@ -112,6 +113,7 @@ def attribute(
     batch_size: o.BatchSize = None,
     memory: o.Memory = None,
     seed: o.Seed = 0,
+    skip_bad: o.SkipBad = False,
     fit: o.SavedFit = None,
     out: o.Out,
     save_fit: o.SaveFit = None,
@@ -134,7 +136,18 @@ def attribute(
     folder.check()
     source = Source(dataset, model, task, seed, label_noise, l2, n_train, n_test, retrain, epochs)
     method = Method(
-        curvature, samples, _solver(ctx), damping, device, dtype, batch_size, memory, seed, not quiet, accuracy
+        curvature,
+        samples,
+        _solver(ctx),
+        damping,
+        device,
+        dtype,
+        batch_size,
+        memory,
+        seed,
+        not quiet,
+        accuracy,
+        skip_bad,
     )
     source.check()
     method.check()
@@ -172,6 +185,10 @@ def attribute(
         ("refluence plan --dataset mnist --model mlp", "what auto chooses, and why"),
         ("refluence plan --dataset mnist --solver dense", "whether another solver would fit"),
         ("refluence plan --task my_model.py:influence_task --memory 4GB", "your model in 4 GB"),
+        (
+            "refluence plan --examples 1e9 --parameters 70e9 --tokens 2048 --sketch kronecker --workers 64",
+            "hours, bytes and shards of a job of any size",
+        ),
     ),
 )
 def plan(
@@ -206,9 +223,21 @@ def plan(
     batch_size: o.BatchSize = None,
     memory: o.Memory = None,
     seed: o.Seed = 0,
+    examples: of_scale.Examples = None,
+    parameters: of_scale.Parameters = None,
+    tokens: of_scale.Tokens = None,
+    tests: of_scale.Tests = None,
+    per_layer: of_scale.PerLayer = False,
+    store_dtype: of_scale.StoreDtype = None,
+    workers: of_scale.Workers = None,
+    device_rate: of_scale.DeviceRate = None,
+    utilisation: of_scale.Utilisation = None,
     debug: o.Debug = False,
 ) -> None:
     """Show what would be computed, the memory and time it takes, and why; nothing is trained or computed."""
+    if of_scale.asked(ctx):
+        of_scale.print_plan(ctx)
+        return
     from refluence.cli import rows
     from refluence.cli.method import Method
     from refluence.cli.problem import Source
@@ -372,6 +401,6 @@ def _refuse_beside_a_fit(ctx: typer.Context) -> None:
     from refluence.cli.solver import TAKEN_BY, flag
 
     decided = ("curvature", "samples", "solver", *TAKEN_BY, "accuracy", "device", "dtype", "batch_size", "memory")
-    for name in (*decided, "save_fit"):
+    for name in (*decided, "skip_bad", "save_fit"):
         if _by_hand(ctx, name):
             raise typer.BadParameter("is decided by the fit of --fit: leave it out", param_hint=flag(name))

@@ -25,6 +25,7 @@ from refluence.cli.output_folder import OutputFolder
 from refluence.cli.problem import Problem
 from refluence.cli.rows import select_rows
 from refluence.errors import DataError
+from refluence.skipping import replaced
 
 if TYPE_CHECKING:
     from refluence.evaluation.verification import Verification
@@ -75,7 +76,7 @@ def explain_again(problem: Problem, fit: Path, rows: list[int], damping: Any = N
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
         influence = rf.Influence.load(fit, problem.task)
-    train = Batches(problem.train, dtype=influence.settings.dtype, name="train")
+    train = replaced(Batches(problem.train, dtype=influence.settings.dtype, name="train"), influence.skipped)
     if train.checksum != influence.manifest()["train_fingerprint"]:
         raise DataError(f"the fit in {fit} was made on other train rows than those of {problem.title}")
     if damping is not None:

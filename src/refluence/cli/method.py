@@ -33,6 +33,7 @@ class Method:
     seed: int = 0
     progress: bool = True
     accuracy: float | None = None
+    skip_bad: bool = False
 
     def check(self) -> None:
         """Raise typer.BadParameter, or a RefluenceError, for options that cannot be read or do not go together."""
@@ -61,7 +62,7 @@ class Method:
             batch_size=self.batch_size,
             progress=self.progress,
             seed=self.seed,
-            execution=None if self.memory is None else rf.Execution(memory=self.memory),
+            execution=rf.Execution(memory=self.memory, skip_bad=self.skip_bad),
             samples=self.samples or DEFAULT_SAMPLES,
             accuracy=self._accuracy(),
         )

@@ -287,6 +287,16 @@ Seed = Annotated[
     typer.Option("--seed", help="Of training, label noise, sketches and sampled labels.", min=0, rich_help_panel=_HOW),
 ]
 
+SkipBad = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad",
+        help="Leave out train rows that cannot be read, that the model fails on or whose gradient is not finite; "
+        "default: stop at the first.",
+        rich_help_panel=_HOW,
+    ),
+]
+
 Verify = Annotated[
     int,
     typer.Option(

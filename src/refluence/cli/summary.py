@@ -14,6 +14,7 @@ from rich.table import Table
 from refluence.cli.explanation import Explanation
 from refluence.cli.output_folder import OutputFolder
 from refluence.report.diagnostics import findings
+from refluence.skipping import sentence
 
 if TYPE_CHECKING:
     from refluence import Influence
@@ -73,6 +74,8 @@ def _facts(explanation: Explanation) -> Table:
     lines: dict[str, str] = {"explained": f"{n_test:,} test rows by {n_train:,} train rows"}
     if problem.benchmark is not None:
         lines["test accuracy"] = f"{problem.benchmark.accuracy:.1%}"
+    if influence.skipped:
+        lines["left out"] = sentence(influence.skipped, influence.n_train)
     lines |= {
         "attributed": influence.coverage.summary,
         "curvature": influence.curvature,

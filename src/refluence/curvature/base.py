@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -11,6 +12,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from refluence.errors import PlanError, RefluenceError
+from refluence.gradients.parts import Parts, Pass, Tree
 from refluence.gradients.rows import GradientRows
 from refluence.linalg import Apply
 from refluence.theory import SpectralMeasure
@@ -29,17 +31,24 @@ class Curvature(ABC):
         rows: the per-example gradients of the training loss, the train side of every score.
         weights: w_i of each example in the training objective; None: all 1.
         positive: whether C ⪰ 0 by construction.
+
+    Attributes:
+        parts: the same curvature in stretches of the rows that lie elsewhere; None: it is made here. The C of a part is
+            its share of the mean over all examples, so that the parts' add up.
+        held: what passes keep here from one to the next, by name.
     """
 
     def __init__(self, name: str, rows: GradientRows, weights: Float[Tensor, " n"] | None, positive: bool) -> None:
         self.name, self.rows, self.positive = name, rows, positive
         self.weights = weights
+        self.parts: Parts | None = None
+        self.held: dict[str, Any] = {}
         self.known_spectra: dict[str, SpectralMeasure] | None = None
 
     @property
     def n(self) -> int:
-        """The number of examples."""
-        return self.rows.n
+        """The number of examples that C is the mean over."""
+        return self.rows.batches.whole
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -60,6 +69,19 @@ class Curvature(ABC):
     def dtype(self) -> torch.dtype:
         """The dtype of the gradients."""
         return self.rows.dtype
+
+    def lie_in(self, parts: Parts) -> None:
+        """Let every pass over the data be made in these parts."""
+        self.parts = self.rows.parts = parts
+        self.rows.role = "rows"
+
+    def total(self, function: Pass, *given: Any) -> Tree:
+        """The sum of a pass over the data (`Parts`), wherever they are."""
+        return function(self, *given) if self.parts is None else self.parts.total("", function, *given)
+
+    def by_row(self, function: Pass, *given: Any) -> Tree:
+        """What a pass gives for each example (`Parts`), wherever they are."""
+        return function(self, *given) if self.parts is None else self.parts.by_row("", function, *given)
 
     @abstractmethod
     def matvec(self, vectors: Vectors) -> Vectors:

@@ -6,7 +6,7 @@ Axis letters: b examples of a batch, t positions, q gradients an example, R rows
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,7 +99,8 @@ def _made_again(
 ) -> dict[Layer, tuple[OuterBlock, ...] | None]:
     rows, capture = curvature.features, curvature.features.capture
     with capture.ready():
-        recording, columns = record(capture.model, capture.parameters, rows.objective, batch, start, rows.batches.name)
+        at = rows.batches.first + start
+        recording, columns = record(capture.model, capture.parameters, rows.objective, batch, at, rows.batches.name)
     found: dict[Layer, tuple[OuterBlock, ...] | None] = {}
     for layer, block in kept.items():
         inputs = Inputs(layer.route.layout, rows_of(batch))
@@ -160,6 +161,10 @@ class Covariances:
         self.columns += other.columns
         self.count += other.count
         return self
+
+    def to(self, device: torch.device) -> Covariances:
+        """The same on a device."""
+        return replace(self, rows=self.rows.to(device), columns=self.columns.to(device))
 
 
 def sides_of(parts: Sequence[OuterBlock]) -> tuple[int, int]:

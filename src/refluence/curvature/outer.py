@@ -13,6 +13,7 @@ from refluence.curvature.base import Curvature, Vectors
 from refluence.curvature.dense_outer import shared_moment
 from refluence.errors import PlanError
 from refluence.gradients.blocks import CHUNK_ELEMENTS, GradientBlock
+from refluence.gradients.parts import Parts
 from refluence.gradients.rows import GradientRows
 from refluence.gradients.selection import select_rows
 from refluence.gradients.shared_factors import Layers, batch_layers, sampled_products, shared_layers
@@ -58,40 +59,26 @@ class OuterCurvature(Curvature):
         size = self.features.batches.batch_size
         return torch.cat([part.repeat(self.q) for part in self.weights.to(self.device).split(size)])
 
+    def lie_in(self, parts: Parts) -> None:
+        """Let every pass over the data be made in these parts."""
+        super().lie_in(parts)
+        if not self.own_rows:
+            self.features.parts, self.features.role = parts, "features"
+
     def matvec(self, vectors: Vectors) -> Vectors:
         """Block → C_b V_b, in one pass over the rows."""
-        out = {block: torch.zeros_like(v) for block, v in vectors.items()}
-        for start, blocks in self.features:
-            weights = self.feature_weights(start, next(iter(blocks.values())).n)
-            for block, v in vectors.items():
-                _add_product(out[block], blocks[block], v, weights, 1 / self.n)
-        return out
+        found = self.total(_products, vectors)
+        return {block: found[block].to(v.device) for block, v in vectors.items()}
 
     def sampled(self, rows: Int64[Tensor, " b"], vectors: Vectors) -> Vectors:
         """Block → (1/b) Σ_{i ∈ rows} w_i C_i V."""
-        if not self.features.kept:
-            for _ in self.features:
-                pass
-        if not self.features.kept:
-            raise PlanError(
-                "the gradients do not fit the memory, so batches of them cannot be drawn: use batch_size=None"
-            )
-        out = {block: torch.zeros_like(v) for block, v in vectors.items()}
-        for start, blocks in self.features:
-            count = next(iter(blocks.values())).n // self.q
-            chosen = rows[(rows >= start) & (rows < start + count)] - start
-            if not chosen.numel():
-                continue
-            weights = None if self.weights is None else self.weights[chosen.cpu() + start].repeat(self.q)
-            among = torch.cat([c * count + chosen for c in range(self.q)])
-            for block, v in vectors.items():
-                _add_product(out[block], select_rows(blocks[block], among), v, weights, 1 / rows.numel())
-        return out
+        found = self.total(_sampled_products, rows, vectors)
+        return {block: found[block].to(v.device) / rows.numel() for block, v in vectors.items()}
 
     def sampled_each(self, rows: Int64[Tensor, "g b"], vectors: Vectors) -> Vectors:
         """`sampled` for g sets of b examples side by side, where every layer has one outer product an example."""
         k = next(iter(vectors.values())).shape[1]
-        layers = self._layers if self.features.kept else {}
+        layers = self._layers if self.features.kept and self.parts is None else {}
         out = {}
         for block, v in vectors.items():
             batches = layers.get(block)
@@ -106,19 +93,7 @@ class OuterCurvature(Curvature):
         return {block: batch_layers((start, blocks[block]) for start, blocks in self.features) for block in self.groups}
 
     def _dense(self, block: str) -> Float[Tensor, "d d"]:
-        d = self.dimensions[block]
-        if (shared := shared_moment(self._factors(block), d, self.device)) is not None:
-            return shared.div_(self.n)
-        moment = torch.zeros(d, d, dtype=torch.float64, device=self.device)
-        step = max(1, CHUNK_ELEMENTS // max(1, d))
-        for start, blocks in self.features:
-            rows = blocks[block]
-            weights = self.feature_weights(start, rows.n)
-            for first in range(0, rows.n, step):
-                values = rows.rows(first, min(first + step, rows.n)).dense().double()
-                left = values if weights is None else values * weights[first : first + step, None]
-                moment.addmm_(left.T, values, alpha=1.0 / self.n)
-        return (moment + moment.T) / 2
+        return self.total(_moment, block).to(self.device).div_(self.n)
 
     def _factors(self, block: str) -> Iterator[tuple[Layers | None, Tensor | None]]:
         """(factors, weights of the examples) of every batch; None where a layer has no shared ones."""
@@ -129,15 +104,7 @@ class OuterCurvature(Curvature):
 
     def diagonal(self) -> dict[str, Float[Tensor, " d"]]:
         """Block → the diagonal of C_b."""
-        totals = {b: torch.zeros(d, dtype=torch.float64, device=self.device) for b, d in self.dimensions.items()}
-        for start, blocks in self.features:
-            for block, rows in blocks.items():
-                weights = self.feature_weights(start, rows.n)
-                for first, values in rows.chunks(max(1, CHUNK_ELEMENTS // rows.n)):
-                    squares = values.double().square()
-                    summed = squares.sum(dim=0) if weights is None else weights @ squares
-                    totals[block][first : first + values.shape[1]] += summed / self.n
-        return totals
+        return {block: total.to(self.device) / self.n for block, total in self.total(_diagonals).items()}
 
     def traces(self) -> dict[str, float]:
         """Block → tr C_b, the weighted mean squared norm of its rows."""
@@ -145,13 +112,80 @@ class OuterCurvature(Curvature):
             w = self.weights
             squares = {b: v if w is None else v * w.to(v) for b, v in self.rows.squared_norms().items()}
             return {block: float(of_rows.sum()) / self.n for block, of_rows in squares.items()}
-        totals = dict.fromkeys(self.groups, 0.0)
-        for start, blocks in self.features:
-            for block, rows in blocks.items():
-                norms = rows.squared_norms()
-                weights = self.feature_weights(start, rows.n)
-                totals[block] += float((norms if weights is None else norms * weights).sum()) / self.n
-        return totals
+        return {block: total / self.n for block, total in self.total(_traces).items()}
+
+
+def _products(part: OuterCurvature, vectors: Vectors) -> Vectors:
+    """Block → C_b V_b."""
+    out = {block: torch.zeros_like(v) for block, v in vectors.items()}
+    for start, blocks in part.features:
+        weights = part.feature_weights(start, next(iter(blocks.values())).n)
+        for block, v in vectors.items():
+            _add_product(out[block], blocks[block], v, weights, 1 / part.n)
+    return out
+
+
+def _sampled_products(part: OuterCurvature, rows: Int64[Tensor, " b"], vectors: Vectors) -> Vectors:
+    """Block → Σ w_i C_i V over those of the rows that are the part's."""
+    features = part.features
+    if not features.kept:
+        for _ in features:
+            pass
+    if not features.kept:
+        raise PlanError("the gradients do not fit the memory, so batches of them cannot be drawn: use batch_size=None")
+    rows = part.rows.own(rows)
+    out = {block: torch.zeros_like(v) for block, v in vectors.items()}
+    for start, blocks in features:
+        count = next(iter(blocks.values())).n // part.q
+        chosen = rows[(rows >= start) & (rows < start + count)] - start
+        if not chosen.numel():
+            continue
+        weights = None if part.weights is None else part.weights[chosen.cpu() + start].repeat(part.q)
+        among = torch.cat([c * count + chosen for c in range(part.q)])
+        for block, v in vectors.items():
+            _add_product(out[block], select_rows(blocks[block], among), v, weights, 1.0)
+    return out
+
+
+def _moment(part: OuterCurvature, block: str) -> Float[Tensor, "d d"]:
+    """n C_b, symmetric to the last bit."""
+    d = part.dimensions[block]
+    if (shared := shared_moment(part._factors(block), d, part.device)) is not None:
+        return shared
+    moment = torch.zeros(d, d, dtype=torch.float64, device=part.device)
+    step = max(1, CHUNK_ELEMENTS // max(1, d))
+    for start, blocks in part.features:
+        rows = blocks[block]
+        weights = part.feature_weights(start, rows.n)
+        for first in range(0, rows.n, step):
+            values = rows.rows(first, min(first + step, rows.n)).dense().double()
+            left = values if weights is None else values * weights[first : first + step, None]
+            moment.addmm_(left.T, values)
+    return (moment + moment.T) / 2
+
+
+def _diagonals(part: OuterCurvature) -> dict[str, Float[Tensor, " d"]]:
+    """Block → n times the diagonal of C_b."""
+    totals = {b: torch.zeros(d, dtype=torch.float64, device=part.device) for b, d in part.dimensions.items()}
+    for start, blocks in part.features:
+        for block, rows in blocks.items():
+            weights = part.feature_weights(start, rows.n)
+            for first, values in rows.chunks(max(1, CHUNK_ELEMENTS // rows.n)):
+                squares = values.double().square()
+                summed = squares.sum(dim=0) if weights is None else weights @ squares
+                totals[block][first : first + values.shape[1]] += summed
+    return totals
+
+
+def _traces(part: OuterCurvature) -> dict[str, float]:
+    """Block → n tr C_b."""
+    totals = dict.fromkeys(part.groups, 0.0)
+    for start, blocks in part.features:
+        for block, rows in blocks.items():
+            norms = rows.squared_norms()
+            weights = part.feature_weights(start, rows.n)
+            totals[block] += float((norms if weights is None else norms * weights).sum())
+    return totals
 
 
 def widest(layers: Layers) -> int:

@@ -187,7 +187,9 @@ class _AnyLoss(Form):
             row = start + int((~finite).nonzero()[0])
             raise NonFiniteError(
                 f"the Hessian of the loss in the output has NaN or Inf at row {row}: look at that example, or use a "
-                "loss that has a second derivative there"
+                "loss that has a second derivative there",
+                row,
+                "the Hessian of the loss in the output has NaN or Inf",
             )
         values, vectors = torch.linalg.eigh(hessians)
         self._check_positive(values, torch.finfo(output.dtype).eps, start)

@@ -99,7 +99,7 @@ class Capture:
                 check_independent(self.model, objective, probe, batches.name, "measurement")
         for start, batch in self.running(batches):
             with self.ready():
-                blocks = self._grouped(batch, objective, start, batches.name, q)
+                blocks = self._grouped(batch, objective, batches.first + start, batches.name, q)
             yield start, blocks
 
     def running(self, batches: Batches) -> Iterator[tuple[int, Any]]:
@@ -203,7 +203,9 @@ class Capture:
             if (row := block.nonfinite_row()) is not None:
                 raise NonFiniteError(
                     f"the gradient of {data} row {start + row} with respect to {' and '.join(owner.names)} has NaN or "
-                    "Inf: look at that example, or leave it out"
+                    "Inf: look at that example, or leave it out",
+                    start + row,
+                    f"the gradient with respect to {' and '.join(owner.names)} has NaN or Inf",
                 )
         return blocks
 

@@ -25,7 +25,11 @@ def check_independent(model: nn.Module, objective: Objective, batch: Any, data: 
     Raises:
         TaskError: with the row and both values.
     """
-    together = objective(model, batch).detach()
+    try:
+        together = objective(model, batch).detach()
+    except Exception as error:
+        note_rows(error, batch, 0, data, lambda part: objective(model, part))
+        raise
     for i in range(rows_of(batch)):
         try:
             alone = objective(model, slice_rows(batch, i, i + 1)).detach()[0]
@@ -68,7 +72,7 @@ def check_deterministic(model: nn.Module, objective: Objective, batch: Any) -> N
             with torch.no_grad():
                 seen.append(("the loss", objective(model, batch)))
         except Exception as error:
-            note_rows(error, batch, 0, "train")
+            note_rows(error, batch, 0, "train", lambda part: objective(model, part))
             raise
         finally:
             for hook in hooks:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from refluence.gradients.joint import JointBlock
 from refluence.gradients.rows import BlocksOfBatch, GradientRows
 from refluence.progress import track
 
@@ -19,11 +20,12 @@ def gram_matrices(rows: GradientRows, groups: Sequence[str] | None = None) -> di
 
     Where the gradients do not fit the memory together, each stretch that fits meets the earlier rows in another pass.
     """
+    groups = rows.groups if groups is None else groups
+    if rows.parts is not None:
+        found = rows.parts.gram(rows.role, _gram_of_parts, groups)
+        return {group: gram.to(rows.device) for group, gram in found.items()}
     size = rows.n * rows.q
-    grams = {
-        g: torch.empty(size, size, dtype=torch.float64, device=rows.device)
-        for g in (rows.groups if groups is None else groups)
-    }
+    grams = {g: torch.empty(size, size, dtype=torch.float64, device=rows.device) for g in groups}
     for tile in track(rows.tiles(), "Gram matrix", enabled=rows.progress):
         for i, (start, blocks) in enumerate(tile):
             for earlier, others in tile[: i + 1]:
@@ -52,6 +54,9 @@ def _fill(
 
 def cross_grams(train: GradientRows, tests: GradientRows) -> dict[str, Float[Tensor, "N K"]]:
     """Group → inner products of every gradient of one set with every one of another, in float64."""
+    if train.parts is not None:
+        tiles = [train.by_row(_gram_with, tile) for tile in tests.tiles()]
+        return {group: torch.cat([tile[group] for tile in tiles], dim=1).to(train.device) for group in train.groups}
     q, s = train.q, tests.q
     grams = {g: torch.empty(train.n * q, tests.n * s, dtype=torch.float64, device=train.device) for g in train.groups}
     for start, blocks, test_start, test_blocks in pairs(train, tests):
@@ -60,6 +65,40 @@ def cross_grams(train: GradientRows, tests: GradientRows) -> dict[str, Float[Ten
             here = slice(q * start, q * start + products.shape[0])
             gram[here, s * test_start : s * test_start + products.shape[1]] = products
     return grams
+
+
+Stretch = Sequence[tuple[int, BlocksOfBatch]]
+
+
+def _gram_with(rows: GradientRows, tile: Stretch) -> dict[str, Float[Tensor, "N K"]]:
+    """Group → inner products of all rows with those of a tile."""
+    first = tile[0][0]
+    width = sum(next(iter(blocks.values())).n for _, blocks in tile)
+    grams = {g: torch.empty(rows.n * rows.q, width, dtype=torch.float64, device=rows.device) for g in tile[0][1]}
+    for start, blocks in rows:
+        column = 0
+        for _, others in tile:
+            for group, gram in grams.items():
+                products = blocks[group].gram(others[group])
+                here = slice(rows.q * start, rows.q * start + products.shape[0])
+                gram[here, column : column + products.shape[1]] = products
+            column += next(iter(others.values())).n
+    assert column == width, f"the tile that begins at row {first} has {width} rows"
+    return grams
+
+
+def held_blocks(rows: GradientRows, groups: Sequence[str]) -> list[tuple[int, dict[str, JointBlock]]]:
+    """All gradients of some groups, for others to be multiplied with."""
+    return [(start, {group: blocks[group] for group in groups}) for start, blocks in rows]
+
+
+def _gram_of_parts(
+    rows: GradientRows, other: Stretch | None, groups: Sequence[str]
+) -> dict[str, Float[Tensor, "N K"]]:
+    """Group → inner products of one part's rows with another's, or among themselves."""
+    if other is None:
+        return gram_matrices(rows, groups)
+    return _gram_with(rows, [(start, {g: blocks[g] for g in groups}) for start, blocks in other])
 
 
 def pairs(train: GradientRows, tests: GradientRows) -> Iterator[tuple[int, BlocksOfBatch, int, BlocksOfBatch]]:

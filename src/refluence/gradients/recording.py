@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from refluence.batches import rows_of
+from refluence.batches import rows_of, slice_rows
 from refluence.errors import NonFiniteError, RefluenceError, TaskError
 from refluence.gradients.functional import Objective
 from refluence.gradients.recorder import Recorder, Recording
@@ -30,7 +30,7 @@ def record(
         with recorder:
             values = objective(model, batch)
     except Exception as failure:
-        note_rows(failure, batch, start, data)
+        note_rows(failure, batch, start, data, lambda part: objective(model, part))
         raise
     _check_finite(values, start, data)
     _check_rows(values, batch)
@@ -54,16 +54,32 @@ def record(
     return recording, columns
 
 
-def note_rows(error: Exception, batch: Any, start: int, data: str) -> None:
-    """Add to an error of the model or the loss on which rows it arose, and the usual causes."""
-    if isinstance(error, RefluenceError):
+def note_rows(error: Exception, batch: Any, start: int, data: str, values: Callable[[Any], Any]) -> None:
+    """Add to an error of the model or the loss on which row it arose, or which rows, and the usual causes.
+
+    Args:
+        values: what raised it, of the batch.
+    """
+    if isinstance(error, (RefluenceError, MemoryError, torch.OutOfMemoryError)):
         return
+    n = rows_of(batch)
+    alone = [i for i in range(n) if _raises(values, slice_rows(batch, i, i + 1))]
+    where = f"row {start + alone[0]}" if 0 < len(alone) < n else f"rows {start} to {start + n - 1}"
     error.add_note(
-        f"raised by the model or the loss on {data} rows {start} to {start + rows_of(batch) - 1}. The usual causes: a "
+        f"raised by the model or the loss on {data} {where}. The usual causes: a "
         "label outside the model's classes; inputs of another dtype or width than the model's; a dict batch that "
         "model(**batch without labels) does not take (give forward=); a `loss` that does not take (output, batch), as "
         'nn.CrossEntropyLoss() does not (use loss="cross_entropy")'
     )
+
+
+def _raises(values: Callable[[Any], Any], batch: Any) -> bool:
+    try:
+        with torch.no_grad():
+            values(batch)
+    except Exception:
+        return True
+    return False
 
 
 def _check_finite(values: Tensor, start: int, data: str) -> None:
@@ -71,7 +87,9 @@ def _check_finite(values: Tensor, start: int, data: str) -> None:
         row = int((~torch.isfinite(values)).nonzero()[0, 0])
         raise NonFiniteError(
             f"the loss of {data} row {start + row} is {values[row].tolist()}: look at that example's input and target, "
-            "or leave it out"
+            "or leave it out",
+            start + row,
+            f"the loss is {values[row].tolist()}",
         )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from refluence.batches import Batches
@@ -15,6 +15,7 @@ from refluence.gradients.capture import Capture
 from refluence.gradients.functional import Objective
 from refluence.gradients.joint import JointBlock
 from refluence.gradients.matrices import LayerMatrix
+from refluence.gradients.parts import Parts, Pass, Tree
 from refluence.progress import track
 
 if TYPE_CHECKING:
@@ -51,8 +52,11 @@ class GradientRows:
         self.memory, self.progress = memory, progress
         self.n = batches.n
         self.groups = tuple(capture.groups)
+        self.parts: Parts | None = None
+        self.role = ""
         self._kept: list[tuple[int, BlocksOfBatch]] | None = None
         self._fits = True
+        self.passed = False
         self._norms: dict[str, Tensor] | None = None
 
     @property
@@ -72,6 +76,14 @@ class GradientRows:
     def matrices(self, group: str) -> tuple[LayerMatrix, ...]:
         """The layers of a group as matrices."""
         return self.capture.matrices(group)
+
+    def total(self, function: Pass, *given: Any) -> Tree:
+        """The sum of a pass over the rows (`Parts`), wherever they are."""
+        return function(self, *given) if self.parts is None else self.parts.total(self.role, function, *given)
+
+    def by_row(self, function: Pass, *given: Any) -> Tree:
+        """What a pass gives for each row (`Parts`), wherever they are."""
+        return function(self, *given) if self.parts is None else self.parts.by_row(self.role, function, *given)
 
     @property
     def kept(self) -> bool:
@@ -98,7 +110,7 @@ class GradientRows:
                 if used > self.memory:
                     keeping, self._fits = None, False
             yield start, blocks
-        self._kept = keeping
+        self._kept, self.passed = keeping, True
 
     def over(self, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, BlocksOfBatch]]:
         """The batches that hold rows of any of the ranges [start, stop); other rows are not made."""
@@ -112,17 +124,16 @@ class GradientRows:
             passes = self.capture.gradients(batches, self.objective, self.q)
             yield from track(passes, f"gradients of {self.batches.name}", len(batches), self.progress)
 
+    def own(self, rows: Int64[Tensor, " b"]) -> Int64[Tensor, " c"]:
+        """Those of some rows of the whole data set that are here, by their place here."""
+        own = rows - self.batches.first
+        return own[(own >= 0) & (own < self.n)]
+
     def squared_norms(self) -> dict[str, Float64[Tensor, " n"]]:
         """Block → ‖g‖² of every row, made once, or taken from the store where there is one."""
         if self._norms is None:
-            make = {group: torch.empty(self.n, dtype=torch.float64, device=self.device) for group in self.groups}
-            if self.keeping is not None and self.keeping.place is not None:
-                self.keeping.fill_norms(self, make)
-            else:
-                for start, blocks in self:
-                    for group, block in blocks.items():
-                        make[group][start : start + block.n] = block.squared_norms()
-            self._norms = make
+            self._norms = self.by_row(_squared_norms)
+        assert self._norms is not None
         return self._norms
 
     def tiles(self) -> Iterator[list[tuple[int, BlocksOfBatch]]]:
@@ -140,3 +151,14 @@ class GradientRows:
             tile.append((start, blocks))
             used += size
         yield tile
+
+
+def _squared_norms(rows: GradientRows) -> dict[str, Float64[Tensor, " n"]]:
+    found = {group: torch.empty(rows.n, dtype=torch.float64, device=rows.device) for group in rows.groups}
+    if rows.keeping is not None and rows.keeping.place is not None:
+        rows.keeping.fill_norms(rows, found)
+        return found
+    for start, blocks in rows:
+        for group, block in blocks.items():
+            found[group][start : start + block.n] = block.squared_norms()
+    return found

@@ -88,9 +88,11 @@ class FeatureMatrix:
             return
         row, column = (int(index) for index in wrong[0])
         named = f" ({self._content.names[column]!r})" if isinstance(self._content, Table) else ""
+        value = float(rows[row, column])
         raise NonFiniteError(
-            f"{self.name} is {float(rows[row, column])} in row {start + row}, column {column}{named}: leave the row "
-            "out, or fill it in"
+            f"{self.name} is {value} in row {start + row}, column {column}{named}: leave the row out, or fill it in",
+            start + row,
+            f"{value} in column {column}{named}",
         )
 
 

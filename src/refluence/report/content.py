@@ -186,7 +186,9 @@ def build_content(
     test_rows = _rows(scores.test_ids, Batches(test, name="test").n, "test")[:MAX_CARDS]
     strongest = [_strongest(row, top) for row in values]
     self_influence = influence.self_influence().detach().double().cpu().numpy()
-    ranking = np.argsort(-self_influence, kind="stable")[: min(suspicious, MAX_SUSPICIOUS)].tolist()
+    skipped = influence.skipped
+    ordered = [row for row in np.argsort(-self_influence, kind="stable").tolist() if row not in skipped]
+    ranking = ordered[: min(suspicious, MAX_SUSPICIOUS)]
 
     removed = {row for rows in removed_rows(verification) for row in rows[:1]}
     shown_train = {int(train_rows[j]) for sides in strongest for side in sides for j in side} | set(ranking) | removed
@@ -229,7 +231,7 @@ def build_content(
         cards=tuple(cards),
         explained=len(scores.test_ids),
         suspects=_suspects(ranking, self_influence, train_examples, train_views),
-        suspects_asked=min(suspicious, len(self_influence)),
+        suspects_asked=min(suspicious, len(ordered)),
         self_influence_curve=_curve(self_influence),
         checked=None if verification is None else checked(verification, train_examples, train_views),
         n_train=len(self_influence),

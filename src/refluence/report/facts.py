@@ -12,6 +12,7 @@ from refluence.influence import Influence
 from refluence.report.diagnostics import NEGATIVE, RESIDUAL, findings
 from refluence.report.formatting import count, number, percent, shorten
 from refluence.scores import Scores
+from refluence.skipping import sentence
 from refluence.task import Task
 
 Tone = Literal["plain", "good", "caution"]
@@ -91,6 +92,7 @@ def facts(influence: Influence, scores: Scores) -> tuple[Fact, ...]:
     return (
         _coverage(influence),
         Fact("Training examples", f"{influence.n_train:,}", "each one can be named as helpful or harmful"),
+        *_left_out(influence),
         _exactness(influence, scores),
         *(fact for fact in _diagnostics(influence) if fact.name not in (RESIDUAL, NEGATIVE)),
         Fact("Explains", measured(influence.task).noun, measured(influence.task).sentence),
@@ -138,6 +140,12 @@ def _coverage(influence: Influence) -> Fact:
     return Fact(
         "Parameters attributed", f"{coverage.attributed:,} of {coverage.total:,}", f"{share}; {by_kind}", "caution"
     )
+
+
+def _left_out(influence: Influence) -> Iterator[Fact]:
+    if influence.skipped:
+        reading = f"{shorten(sentence(influence.skipped, influence.n_train), 300)}; their scores are 0"
+        yield Fact("Examples left out", f"{len(influence.skipped):,}", reading, "caution")
 
 
 def _exactness(influence: Influence, scores: Scores) -> Fact:

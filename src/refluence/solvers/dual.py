@@ -38,26 +38,38 @@ class GramState(MatrixState):
 
     def solve(self, vectors: Vectors, shifts: Shifts) -> Solution:
         """(C+μ)⁻¹V by Woodbury."""
-        features, q = self.curvature.features, self.curvature.q
-        across = {
-            block: torch.empty(self.n * q, v.shape[1], dtype=torch.float64, device=v.device)
-            for block, v in vectors.items()
-        }
-        for start, blocks in features:
-            for block, v in vectors.items():
-                products = blocks[block].matvec(v.double())
-                across[block][q * start : q * start + products.shape[0]] = products
-        found = {block: v.double().clone() for block, v in vectors.items()}
+        features, columns = self.curvature.features, {block: v.double() for block, v in vectors.items()}
+        across = {b: products.to(columns[b].device) for b, products in features.by_row(_products, columns).items()}
+        found = {block: v.clone() for block, v in columns.items()}
         inner = {}
         for block, system, shift in self.systems_at({block: shifts[block] for block in vectors}):
             if shift == 0:
                 raise PlanError(DAMPED_ONLY.format(what="inverse_hvp"))
             inner[block] = scale_rows(system.solve(scale_rows(across[block], self.roots), shift), self.roots)
-        for start, blocks in features:
-            for block, total in found.items():
-                count = blocks[block].n
-                total -= blocks[block].rmatvec(inner[block][q * start : q * start + count]) / self.n
+        for block, total in features.total(_combinations, inner).items():
+            found[block] -= total.to(found[block].device) / self.n
         return Solution({block: total / shifts[block] for block, total in found.items()})
+
+
+def _products(rows: GradientRows, vectors: Vectors) -> dict[str, Float[Tensor, "N k"]]:
+    """Block → FV."""
+    found: dict[str, list[Tensor]] = {block: [] for block in vectors}
+    for _, blocks in rows:
+        for block, v in vectors.items():
+            found[block].append(blocks[block].matvec(v))
+    return {block: torch.cat(parts) for block, parts in found.items()}
+
+
+def _combinations(rows: GradientRows, coefficients: dict[str, Float[Tensor, "N k"]]) -> Vectors:
+    """Block → Fᵀ applied to the coefficients of the rows of the whole data set."""
+    totals: dict[str, Tensor] = {}
+    q = rows.q
+    for start, blocks in rows:
+        at = q * (rows.batches.first + start)
+        for block, values in coefficients.items():
+            part = blocks[block].rmatvec(values[at : at + blocks[block].n])
+            totals[block] = totals[block].add_(part) if block in totals else part
+    return totals
 
 
 class DualState(GramState):
@@ -148,11 +160,8 @@ class WoodburyState(GramState):
             yield block, across, system.solve(across, shift), shift
 
     def _norms(self) -> dict[str, Float[Tensor, " n"]]:
-        parts: dict[str, list[Tensor]] = {}
-        for _, blocks in self.curvature.rows:
-            for block, rows in blocks.items():
-                parts.setdefault(block, []).append(rows.squared_norms())
-        return {block: torch.cat(norms) for block, norms in parts.items()}
+        norms = self.curvature.rows.squared_norms()
+        return {block: of_block.to(self.curvature.device) for block, of_block in norms.items()}
 
     def _weighted(self, total: Float[Tensor, "... n"], power: int) -> Float[Tensor, "... n"]:
         weights = self.curvature.weights

@@ -45,12 +45,8 @@ class IdentityState(State):
     @cached_property
     def norms(self) -> Float[Tensor, " n"]:
         """‖g_j‖²."""
-        rows = self.curvature.rows
-        norms = torch.zeros(self.n, dtype=torch.float64, device=rows.device)
-        for start, blocks in rows:
-            for block in blocks.values():
-                norms[start : start + block.n] += block.squared_norms()
-        return norms
+        norms = self.curvature.rows.squared_norms()
+        return torch.stack([of_block.to(self.curvature.device) for of_block in norms.values()]).sum(dim=0)
 
     @cached_property
     def _weights(self) -> Float[Tensor, " n"]:

@@ -194,27 +194,14 @@ def _blocks(curvature: OuterCurvature, layers: tuple[Layer, ...], solver: Kronec
     diagonal = [layer for layer in layers if layer not in found and layer not in whole]
     updated = [layer for layer in found if solver.updated and found[layer].kind == "kronecker"]
     if whole or diagonal or updated:
-        totals: dict[Layer, Tensor] = {}
-        rows = track(
-            curvature.features,
-            "eigenvalues of layers",
-            len(curvature.features.batches),
-            curvature.features.progress and curvature.features.kept,
+        order = {layer: i for i, layer in enumerate(layers)}
+        wanted = _Wanted(
+            tuple(order[layer] for layer in whole),
+            tuple(order[layer] for layer in diagonal),
+            {order[layer]: found[layer] for layer in updated},
         )
-        for start, blocks in rows:
-            for layer in (*whole, *diagonal, *updated):
-                block = layer.of(blocks)
-                if isinstance(block, ZeroBlock):
-                    continue
-                weights = curvature.weights
-                if weights is not None:
-                    weights = weights[start : start + block.n // curvature.q].to(curvature.device)
-                if layer in found:
-                    part = squared_moment(block, found[layer], weights, dtype)
-                else:
-                    own = None if weights is None else weights.repeat(curvature.q)
-                    part = (_moment if layer in whole else _diagonal)(block, own)
-                totals[layer] = totals[layer].add_(part) if layer in totals else part
+        sums = curvature.total(_second_pass, wanted, dtype)
+        totals = {layer: sums[i].to(curvature.device) for layer, i in order.items() if i in sums}
         for layer in updated:
             found[layer] = found[layer].with_values(totals[layer] / curvature.n)
         for layer in (*whole, *diagonal):
@@ -226,6 +213,37 @@ def _blocks(curvature: OuterCurvature, layers: tuple[Layer, ...], solver: Kronec
             else:
                 found[layer] = KroneckerBlock("diagonal", False, None, None, totals[layer][None] / curvature.n)
     return [found[layer] for layer in layers]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the second pass is to sum, by the number of the layer: whole moments, diagonals, eigenvalues in a basis."""
+
+    whole: tuple[int, ...]
+    diagonal: tuple[int, ...]
+    updated: dict[int, KroneckerBlock]
+
+
+def _second_pass(part: OuterCurvature, wanted: _Wanted, dtype: torch.dtype) -> dict[int, Tensor]:
+    """Number of the layer → its sum over the rows; none for a layer that no example uses."""
+    layers, features = layers_of(part.features.capture), part.features
+    totals: dict[int, Tensor] = {}
+    rows = track(features, "eigenvalues of layers", len(features.batches), features.progress and features.kept)
+    for start, blocks in rows:
+        for i in (*wanted.whole, *wanted.diagonal, *wanted.updated):
+            block = layers[i].of(blocks)
+            if isinstance(block, ZeroBlock):
+                continue
+            weights = part.weights
+            if weights is not None:
+                weights = weights[start : start + block.n // part.q].to(part.device)
+            if i in wanted.updated:
+                found = squared_moment(block, wanted.updated[i], weights, dtype)
+            else:
+                own = None if weights is None else weights.repeat(part.q)
+                found = (_moment if i in wanted.whole else _diagonal)(block, own)
+            totals[i] = totals[i].add_(found) if i in totals else found
+    return totals
 
 
 def _candidates(layers: tuple[Layer, ...]) -> list[Layer]:
@@ -255,24 +273,37 @@ def _covariances(
     sketches: Mapping[Layer, FactorSketch],
 ) -> dict[Layer, Covariances]:
     """Of the layers that have factors in every batch, and small or sketched ones."""
-    candidates = _candidates(layers)
-    found: dict[Layer, Covariances] = {}
-    without: set[Layer] = set()
-    for start, factors in factored_batches(curvature, candidates):
+    order = {layer: i for i, layer in enumerate(layers)}
+    numbers = {order[layer]: sketches.get(layer) for layer in _candidates(layers)}
+    found = curvature.total(_first_pass, numbers, solver.factor_limit, solver.sharing)
+    return {layer: found[i].to(curvature.device) for layer, i in order.items() if found.get(i) is not None}
+
+
+def _first_pass(
+    part: OuterCurvature, numbers: Mapping[int, FactorSketch | None], limit: int, sharing: str
+) -> dict[int, Covariances | None]:
+    """Number of the layer → sums over its rows, None for one without factors in some batch or with too large ones."""
+    layers = layers_of(part.features.capture)
+    order = {layers[i]: i for i in numbers}
+    found: dict[int, Covariances | None] = {}
+    for start, factors in factored_batches(part, list(order)):
         for layer, parts in factors.items():
-            if layer in without:
+            i = order[layer]
+            sketch = numbers[i]
+            if i in found and found[i] is None:
                 continue
-            if parts is not None and layer in sketches:
-                parts = sketches[layer].project(parts)
-            if parts is None or max(sides_of(parts)) > solver.factor_limit:
-                without.add(layer)
+            if parts is not None and sketch is not None:
+                parts = sketch.project(parts)
+            if parts is None or max(sides_of(parts)) > limit:
+                found[i] = None
                 continue
-            weights = curvature.weights
+            weights = part.weights
             if weights is not None:
-                weights = weights[start : start + parts[0].n].to(curvature.device)
-            part = covariances(parts, weights, solver.sharing)
-            found[layer] = found[layer].add(part) if layer in found else part
-    return {layer: total for layer, total in found.items() if layer not in without}
+                weights = weights[start : start + parts[0].n].to(part.device)
+            more = covariances(parts, weights, sharing)
+            total = found.get(i)
+            found[i] = more if total is None else total.add(more)
+    return found
 
 
 def _moment(block: GradientBlock, weights: Tensor | None) -> Tensor:

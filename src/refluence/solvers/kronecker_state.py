@@ -11,7 +11,7 @@ from torch import Tensor
 
 from refluence.curvature import OuterCurvature, Vectors
 from refluence.curvature.kronecker import KINDS, KroneckerBlock, Rotated, rotated
-from refluence.curvature.layer_factors import Layer
+from refluence.curvature.layer_factors import Layer, layers_of
 from refluence.gradients.blocks import accumulation_dtype
 from refluence.gradients.joint import gather, scatter
 from refluence.gradients.rows import GradientRows
@@ -110,26 +110,18 @@ class KroneckerState(OperatorState):
 
     def _over_train(self, shifts: Shifts, squared: bool) -> Float[Tensor, " n"]:
         power = 2 if squared else 1
-        total = torch.zeros(self.n, dtype=torch.float64, device=self.curvature.device)
         weights = [self._inverses(layer, basis, shifts[layer.group]) ** power for layer, basis in self._all()]
-        for start, blocks in self.curvature.rows:
-            for (layer, basis), inverses in zip(self._all(), weights, strict=True):
-                block = layer.of(blocks)
-                norms = rotated(block, basis, self.product_dtype).norms(inverses)
-                total[start : start + block.n] += norms
+        found = self.curvature.rows.by_row(_norms, self.bases, weights, self.product_dtype)
+        total = found.to(self.curvature.device)
         return total if self.curvature.weights is None else total * self.curvature.weights.to(total) ** power
 
     def scores(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]]:
         """Block → τ(v_i, w_j g_j)."""
         parts: dict[str, list[Tensor]] = {group: [] for group in self.curvature.groups}
         for count, tile in self._tiles(tests, shifts):
-            out = {g: torch.zeros(count, self.n, dtype=torch.float64, device=self.curvature.device) for g in parts}
-            for start, blocks in self.curvature.rows:
-                for layer, scores in zip(self.layers, tile, strict=True):
-                    block = layer.of(blocks)
-                    out[layer.group][:, start : start + block.n] += scores.products(block).T
-            for group, values in out.items():
-                parts[group].append(values)
+            found = self.curvature.rows.by_row(_scores, tile, count)
+            for group, values in found.items():
+                parts[group].append(values.T.to(self.curvature.device))
         for group, tiles in parts.items():
             values = torch.cat(tiles)
             yield group, values if self.curvature.weights is None else values * self.curvature.weights.to(values)
@@ -157,3 +149,27 @@ class KroneckerState(OperatorState):
 
     def _all(self) -> Iterator[tuple[Layer, KroneckerBlock]]:
         return zip(self.layers, self.bases, strict=True)
+
+
+def _norms(
+    rows: GradientRows, bases: Sequence[KroneckerBlock], weights: Sequence[Tensor], dtype: torch.dtype
+) -> Float[Tensor, " n"]:
+    """Σ_l Σ_jk W_jk X_ijk² of every example's gradient X in the eigenbasis of each layer l."""
+    layers = layers_of(rows.capture)
+    total = torch.zeros(rows.n, dtype=torch.float64, device=rows.device)
+    for start, blocks in rows:
+        for layer, basis, own in zip(layers, bases, weights, strict=True):
+            block = layer.of(blocks)
+            total[start : start + block.n] += rotated(block, basis, dtype).norms(own)
+    return total
+
+
+def _scores(rows: GradientRows, tile: Sequence[LayerScores], count: int) -> dict[str, Float[Tensor, "n k"]]:
+    """Block → the scores of a tile of tests with every train gradient."""
+    layers = layers_of(rows.capture)
+    out = {g: torch.zeros(count, rows.n, dtype=torch.float64, device=rows.device) for g in rows.groups}
+    for start, blocks in rows:
+        for layer, scores in zip(layers, tile, strict=True):
+            block = layer.of(blocks)
+            out[layer.group][:, start : start + block.n] += scores.products(block).T
+    return {group: values.T for group, values in out.items()}

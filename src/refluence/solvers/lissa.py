@@ -310,11 +310,16 @@ def draws_of(n: int, size: int, seed: int) -> Iterator[Int64[Tensor, " b"]]:
 
 def largest_examples(curvature: OuterCurvature) -> dict[str, float]:
     """Block → max_i w_i Σ_q ‖f_iq‖²."""
-    largest = dict.fromkeys(curvature.groups, 0.0)
-    for start, blocks in curvature.features:
+    return {block: float(norms.max()) for block, norms in curvature.by_row(_example_norms).items()}
+
+
+def _example_norms(part: OuterCurvature) -> dict[str, Float[Tensor, " n"]]:
+    """Block → w_i Σ_q ‖f_iq‖²."""
+    found: dict[str, list[Tensor]] = {block: [] for block in part.groups}
+    for start, blocks in part.features:
         for block, rows in blocks.items():
             norms = rows.squared_norms()
-            weights = curvature.feature_weights(start, rows.n)
+            weights = part.feature_weights(start, rows.n)
             norms = norms if weights is None else norms * weights.to(norms)
-            largest[block] = max(largest[block], float(norms.reshape(curvature.q, -1).sum(dim=0).max()))
-    return largest
+            found[block].append(norms.reshape(part.q, -1).sum(dim=0))
+    return {block: torch.cat(parts) for block, parts in found.items()}

@@ -154,13 +154,11 @@ class LowRankState(OperatorState):
     @cached_property
     def _outside_norms(self) -> dict[str, Float64[Tensor, " n"]]:
         """Block → ‖g − UUᵀg‖²."""
-        norms = {
-            b: torch.empty(self.n, dtype=torch.float64, device=x.device) for b, x in self._train_coordinates.items()
+        norms = self.curvature.rows.squared_norms()
+        return {
+            b: (norms[b].to(x.device) - x.square().sum(dim=1)).clamp_(min=0.0)
+            for b, x in self._train_coordinates.items()
         }
-        for start, blocks in self.curvature.rows:
-            for block, rows in blocks.items():
-                norms[block][start : start + rows.n] = rows.squared_norms()
-        return {b: (x - self._train_coordinates[b].square().sum(dim=1)).clamp_(min=0.0) for b, x in norms.items()}
 
     def scores(self, tests: GradientRows, shifts: Shifts) -> Iterator[tuple[str, Float[Tensor, "k n"]]]:
         """Block → τ(v_i, w_j g_j)."""

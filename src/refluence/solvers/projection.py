@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,11 +14,11 @@ from refluence.curvature import Curvature, OuterCurvature
 from refluence.gradients.blocks import accumulation_dtype
 from refluence.gradients.rows import GradientRows
 from refluence.sketches import Sketch
+from refluence.store.held import Report
 
 S = TypeVar("S", bound=Sketch)
 
 LIFTED_ROWS = 256
-MOMENT_ROWS = 4096
 PANEL = 256
 
 
@@ -36,7 +36,7 @@ def project_rows(rows: GradientRows, sketches: dict[str, Sketch]) -> dict[str, F
 
 def project_train_rows(
     rows: GradientRows, sketch: Sketch, sketches: dict[str, Sketch], part: str
-) -> tuple[dict[str, Float[Tensor, "n m"]], dict[str, Any] | None]:
+) -> tuple[dict[str, Float[Tensor, "n m"]], Report | None]:
     """Block → projected train gradients, held and stored as the run asks, and what its store did, where there is one.
 
     Args:
@@ -46,19 +46,6 @@ def project_train_rows(
     if rows.keeping is None:
         return project_rows(rows, sketches), None
     return rows.keeping.project(rows, sketch, sketches, part)
-
-
-def mean_second_moment(
-    rows: Float[Tensor, "n m"], weights: Tensor | None, device: torch.device
-) -> Float[Tensor, "m m"]:
-    """(1/n) Σ w r rᵀ in float64, some rows at a time, which may be held elsewhere than on the device of the sum."""
-    total: Tensor | None = None
-    for start in range(0, rows.shape[0], MOMENT_ROWS):
-        part = rows[start : start + MOMENT_ROWS].to(device=device, dtype=torch.float64)
-        moment = second_moment(part, None if weights is None else weights[start : start + MOMENT_ROWS])
-        total = moment if total is None else total.add_(moment)
-    assert total is not None
-    return total.div_(rows.shape[0])
 
 
 def second_moment(rows: Float[Tensor, "b m"], weights: Tensor | None) -> Float[Tensor, "m m"]:
@@ -76,12 +63,9 @@ def sketched_curvature(curvature: Curvature, sketches: dict[str, Sketch]) -> dic
     """Block → P C Pᵀ."""
     found: dict[str, Tensor] = {}
     if isinstance(curvature, OuterCurvature):
-        for start, blocks in curvature.features:
-            for block, rows in blocks.items():
-                projected = rows.sketch(sketches[block]).double()
-                part = second_moment(projected, curvature.feature_weights(start, rows.n)) / curvature.n
-                found[block] = found[block].add_(part) if block in found else part
-        return found
+        # Sketches know their layers by `on`, and each part has the same ones.
+        sums = curvature.total(_sketched_moments, sketches)
+        return {block: total.to(curvature.device).div_(curvature.n) for block, total in sums.items()}
     for block, sketch in sketches.items():
         d = curvature.dimensions[block]
         apply = curvature.operator(block)
@@ -92,6 +76,17 @@ def sketched_curvature(curvature: Curvature, sketches: dict[str, Sketch]) -> dic
             unit[range(first, last), range(last - first)] = 1.0
             matrix[first:last] = sketch.project(apply(sketch.lift(unit, d)).T)
         found[block] = (matrix + matrix.T) / 2
+    return found
+
+
+def _sketched_moments(part: OuterCurvature, sketches: dict[str, Sketch]) -> dict[str, Float[Tensor, "m m"]]:
+    """Block → Σ w (Pf)(Pf)ᵀ over the rows f."""
+    found: dict[str, Tensor] = {}
+    for start, blocks in part.features:
+        for block, rows in blocks.items():
+            projected = rows.sketch(sketches[block]).double()
+            moment = second_moment(projected, part.feature_weights(start, rows.n))
+            found[block] = found[block].add_(moment) if block in found else moment
     return found
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from refluence.curvature import Curvature, OuterCurvature
@@ -12,18 +13,18 @@ from refluence.errors import PlanError
 from refluence.sketches import Sketch
 from refluence.sketches.memory import sketch_cache_bytes
 from refluence.solvers.cost import EIGENVALUES_WORK, Cost, Workload
+from refluence.solvers.projected import ProjectedHere, project_train, second_moments
 from refluence.solvers.projection import (
     block_sketches,
     curvature_sketches,
-    mean_second_moment,
     project_rows,
-    project_train_rows,
     sketched_curvature,
 )
 from refluence.solvers.replicated import ReplicatedState, exported_members, replicate_sketches, replicated_cost
 from refluence.solvers.sketch_errors import has_error_formula
 from refluence.solvers.sketched_state import SketchedDual, SketchedPrimal, SketchedState
 from refluence.solvers.systems import exported_matrices, root_weights, weighted_gram
+from refluence.store.held import Report
 
 __all__ = ["Sketched", "SketchedDual", "SketchedPrimal", "SketchedState", "block_sketches", "project_rows"]
 
@@ -75,25 +76,24 @@ class Sketched:
     def _prepare(self, curvature: Curvature, part: str = "") -> SketchedState:
         state, stored = self._projected(curvature, part)
         if stored is not None:
-            state.diagnostics["store"] = stored
+            state.diagnostics["store"] = stored.record()
         return state
 
-    def _projected(self, curvature: Curvature, part: str) -> tuple[SketchedState, dict[str, Any] | None]:
+    def _projected(self, curvature: Curvature, part: str) -> tuple[SketchedState, Report | None]:
         """The state, and what the store of its train rows did."""
-        sketches = curvature_sketches(self.sketch, curvature)
-        if isinstance(curvature, OuterCurvature) and curvature.own_rows:
-            projected, stored = project_train_rows(curvature.rows, self.sketch, sketches, part)
-            if self.sketch.m > curvature.n:
-                roots = root_weights(curvature.weights)
-                doubles = ((block, projected[block].double()) for block in projected)
-                grams = {block: weighted_gram(p @ p.T, curvature.n, roots) for block, p in doubles}
-                return SketchedDual(self.sketch, self.corrected, curvature, grams, projected), stored
-            weights, device = curvature.weights, curvature.device
-            moments = {block: mean_second_moment(p, weights, device) for block, p in projected.items()}
-        else:
-            moments = sketched_curvature(curvature, sketches)
-            projected, stored = project_train_rows(curvature.rows, self.sketch, sketches, part)
-        return SketchedPrimal(self.sketch, self.corrected, curvature, moments, projected), stored
+        if not (isinstance(curvature, OuterCurvature) and curvature.own_rows):
+            moments = sketched_curvature(curvature, curvature_sketches(self.sketch, curvature))
+            projected, stored = project_train(curvature, self.sketch, part)
+            return SketchedPrimal(self.sketch, self.corrected, curvature, moments, projected), stored
+        projected, stored = project_train(curvature, self.sketch, part)
+        if self.sketch.m > curvature.n:
+            here, roots = projected.rows(), root_weights(curvature.weights)
+            doubles = ((block, rows.to(device=curvature.device, dtype=torch.float64)) for block, rows in here.items())
+            grams = {block: weighted_gram(p @ p.T, curvature.n, roots) for block, p in doubles}
+            return SketchedDual(self.sketch, self.corrected, curvature, grams, ProjectedHere(here, curvature)), stored
+        sums = projected.total(second_moments)
+        means = {block: total.to(curvature.device).div_(curvature.n) for block, total in sums.items()}
+        return SketchedPrimal(self.sketch, self.corrected, curvature, means, projected), stored
 
     def restore(self, curvature: Curvature, tensors: dict[str, Tensor]) -> SketchedState | ReplicatedState:
         """The state from what it exported."""
@@ -106,7 +106,7 @@ class Sketched:
         projected = {k.removeprefix("rows/"): v for k, v in tensors.items() if k.startswith("rows/")}
         matrices = exported_matrices(tensors)
         kind = SketchedPrimal if next(iter(matrices.values())).shape[0] == self.sketch.m else SketchedDual
-        return kind(self.sketch, self.corrected, curvature, matrices, projected)
+        return kind(self.sketch, self.corrected, curvature, matrices, ProjectedHere(projected, curvature))
 
     def cost(self, w: Workload) -> Cost:
         """n·m numbers kept unless they are held elsewhere, and one pass of projections."""

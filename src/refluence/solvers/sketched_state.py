@@ -8,13 +8,14 @@ from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from refluence.columns import ColumnSums
 from refluence.curvature import Curvature, Vectors
 from refluence.gradients.rows import GradientRows
 from refluence.sketches import Sketch
+from refluence.solvers.projected import Projected, products, quadratic, sums_of_rows
 from refluence.solvers.projection import curvature_sketches, project_rows
 from refluence.solvers.psd import PositiveMatrix
 from refluence.solvers.sketch_errors import has_error_formula, standard_errors
@@ -22,8 +23,6 @@ from refluence.solvers.state import Shifts, Solution, refuse_singular
 from refluence.solvers.symmetric import SymmetricMatrix
 from refluence.solvers.systems import MatrixState, root_weights, scale_rows, sum_over
 from refluence.theory import SpectralMeasure, corrected_damping, implied_damping, sketch_variance_scale
-
-SOLVED_ROWS = 4096
 
 
 class SketchedState(MatrixState):
@@ -37,7 +36,7 @@ class SketchedState(MatrixState):
         corrected: bool,
         curvature: Curvature,
         matrices: dict[str, Tensor],
-        projected: dict[str, Float[Tensor, "n m"]],
+        projected: Projected,
     ) -> None:
         super().__init__(curvature, matrices)
         if not curvature.positive:
@@ -50,7 +49,7 @@ class SketchedState(MatrixState):
 
     def export(self) -> dict[str, Tensor]:
         """The matrices and the projected gradients."""
-        return super().export() | {f"rows/{block}": rows for block, rows in self.projected.items()}
+        return super().export() | {f"rows/{block}": rows for block, rows in self.projected.rows().items()}
 
     def shift(self, block: str, shift: float) -> float:
         """μ for the wanted κ: κ(1 − d/m) where corrected, else κ itself."""
@@ -185,16 +184,13 @@ class SketchedPrimal(SketchedState):
         """Block → τ̃(v_i, w_j g_j)."""
         vectors = self.projected_tests(tests)
         for block, system, shift in self.systems_at(shifts):
-            rows, solved = self.projected[block], system.solve(vectors[block].T, shift)
+            solved = system.solve(vectors[block].T, shift)
             # The solve needs float64; its products with rows that were rounded to float32 gain nothing by it.
-            yield block, self._weighted((solved.T.to(rows.dtype) @ rows.T).double())
+            yield block, self._weighted(self.projected.by_row(products, block, solved, None).to(solved).T)
 
     def _over_train(self, block: str, shift: float, squared: bool) -> Float[Tensor, " n"]:
-        parts = []
-        for rows in self.projected[block].split(SOLVED_ROWS):
-            solved = self.systems[block].solve(rows.double().T, shift)
-            parts.append((solved * (solved if squared else rows.double().T)).sum(dim=0))
-        return self._weighted(torch.cat(parts), 2 if squared else 1)
+        found = self.projected.by_row(quadratic, block, self.systems[block], shift, squared)
+        return self._weighted(found.to(self.curvature.device), 2 if squared else 1)
 
     def self_influence(self, shifts: Shifts) -> Float[Tensor, " n"]:
         """τ̃(g_j, w_j g_j)."""
@@ -207,7 +203,7 @@ class SketchedPrimal(SketchedState):
         return self._over_train(block, shift, squared=True)
 
     def _squared_sums(self, block: str, shift: float, sums: ColumnSums) -> Float[Tensor, " g"]:
-        rows = sums.rows(scale_rows(self.projected[block].to(torch.float64, copy=True), self.curvature.weights))
+        rows = self.projected.total(sums_of_rows, block, sums).to(self.curvature.device)
         return self.systems[block].solve(rows.T, shift).square().sum(dim=0)
 
     def _squared_with_tests(
@@ -215,7 +211,7 @@ class SketchedPrimal(SketchedState):
     ) -> tuple[Float[Tensor, "k n"], Float[Tensor, " k"]]:
         system = self.systems[block]
         solved = system.solve(tests.T, shift)
-        cross = self.projected[block].double() @ system.solve(solved, shift)
+        cross = self.projected.by_row(products, block, system.solve(solved, shift), torch.float64).to(solved)
         return scale_rows(cross, self.curvature.weights).T, solved.square().sum(dim=0)
 
 
@@ -226,11 +222,14 @@ class SketchedDual(SketchedState):
     def _roots(self) -> Tensor | None:
         return root_weights(self.curvature.weights)
 
+    def _rows(self, block: str) -> Float64[Tensor, "n m"]:
+        return self.projected.rows()[block].to(device=self.curvature.device, dtype=torch.float64)
+
     def solve(self, vectors: Vectors, shifts: Shifts) -> Solution:
         """Pᵀ(PCPᵀ+μ)⁻¹PV by Woodbury."""
         found = {}
         for block, system, shift in self.systems_at({block: shifts[block] for block in vectors}):
-            sketch, rows, v = self.sketches[block], self.projected[block].double(), vectors[block].double()
+            sketch, rows, v = self.sketches[block], self._rows(block), vectors[block].double()
             projected = sketch.project(v.T).T
             inner = scale_rows(system.solve(scale_rows(rows @ projected, self._roots), shift), self._roots)
             found[block] = sketch.lift((projected - rows.T @ inner / self.n) / shift, v.shape[0])
@@ -240,7 +239,7 @@ class SketchedDual(SketchedState):
         """Block → τ̃(v_i, w_j g_j)."""
         vectors = self.projected_tests(tests)
         for block, system, shift in self.systems_at(shifts):
-            right = scale_rows(self.projected[block].double() @ vectors[block].T, self._roots)
+            right = scale_rows(self._rows(block) @ vectors[block].T, self._roots)
             yield block, scale_rows(system.solve(right, shift), self._roots).T
 
     def self_influence(self, shifts: Shifts) -> Float[Tensor, " n"]:
@@ -248,7 +247,7 @@ class SketchedDual(SketchedState):
         return self.n * sum_over(system.leverages(shift) for _, system, shift in self.systems_at(shifts))
 
     def _test_influence(self, block: str, shift: float, tests: Float[Tensor, "k m"]) -> Float[Tensor, " k"]:
-        rows = self.projected[block].double()
+        rows = self._rows(block)
         across = scale_rows(rows @ tests.T, self._roots)
         within = (across * self.systems[block].solve(across, shift)).sum(dim=0)
         return (tests.square().sum(dim=1) - within / self.n) / shift
@@ -269,7 +268,7 @@ class SketchedDual(SketchedState):
         h = (K+μ)⁻¹√W R z. The norm is that of the difference as a vector, so that what cancels in it costs no more
         digits than a solve; ‖z‖² less a sum of squares would cost twice as many.
         """
-        system, rows = self.systems[block], self.projected[block].double()
+        system, rows = self.systems[block], self._rows(block)
         inner = system.solve(scale_rows(rows @ tests.T, self._roots), shift)
         cross = scale_rows(system.solve(inner, shift), self._roots).T
         left = tests - scale_rows(inner, self._roots).T @ rows / self.n

@@ -197,14 +197,20 @@ def cut_rows(rows: GradientRows, size: int) -> Iterator[tuple[bool, BlocksOfBatc
 def products_with(rows: GradientRows, vectors: Vectors, dtype: torch.dtype) -> dict[str, Float[Tensor, "k n"]]:
     """Block → inner products of k vectors with every gradient, in float64 from products in `dtype`."""
     given = {block: values.to(dtype) for block, values in vectors.items()}
+    return {block: found.to(vectors[block].device).T for block, found in rows.by_row(_products, given).items()}
+
+
+def _products(rows: GradientRows, vectors: Vectors) -> dict[str, Float[Tensor, "n k"]]:
+    """Block → GV in float64."""
+    # Columns are what is read of the products, and what the rows are written to.
     out = {
         block: torch.empty(values.shape[1], rows.n, dtype=torch.float64, device=values.device)
         for block, values in vectors.items()
     }
     for start, blocks in rows:
-        for block, values in given.items():
+        for block, values in vectors.items():
             out[block][:, start : start + blocks[block].n] = blocks[block].matvec(values).T
-    return out
+    return {block: values.T for block, values in out.items()}
 
 
 def refuse_singular(rank: int, size: int, block: str) -> None:

@@ -40,11 +40,20 @@ class Report:
     damaged: list[str] = field(default_factory=list)
     rounding: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def add(self, label: Label) -> None:
+    def count(self, label: Label) -> None:
         """Count the rounding of one more shard."""
         for name, (lost, whole) in label.rounding.items():
             before = self.rounding.get(name, (0.0, 0.0))
             self.rounding[name] = (before[0] + lost, before[1] + whole)
+
+    def add(self, other: Report) -> Report:
+        """That of more rows of the same store."""
+        rounding = dict(self.rounding)
+        for name, (lost, whole) in other.rounding.items():
+            before = rounding.get(name, (0.0, 0.0))
+            rounding[name] = (before[0] + lost, before[1] + whole)
+        read, made = self.read + other.read, self.made + other.made
+        return Report(self.store, self.dtype, read, made, self.damaged + other.damaged, rounding)
 
     def record(self) -> dict[str, Any]:
         """For diagnostics, JSON-able; the rounding error is ‖X − X̂‖/‖X‖ of each block."""
@@ -73,6 +82,7 @@ class HeldRows:
         self.place, self.fingerprint, self.dtype = place, fingerprint, dtype
         self.shard_rows, self.progress = shard_rows, progress
         self.report = Report(str(place), str(dtype).removeprefix("torch."))
+        self.first = 0
 
     def fill(
         self,
@@ -88,6 +98,7 @@ class HeldRows:
         Raises:
             StoreError: the store is full or may not be written to.
         """
+        self.first = gradients.batches.first
         missing = self._read(out, checksums)
         pending = segments(missing, self.shard_rows)
         self.report.read, self.report.made = int((~missing).sum()), int(missing.sum())
@@ -125,7 +136,7 @@ class HeldRows:
     def _read(self, out: Mapping[str, Tensor], checksums: UInt8[np.ndarray, "n 16"]) -> Bool[np.ndarray, " n"]:
         """Fill in what the shards hold; True for the rows that none has."""
         labels = self.labels()
-        shard, position = located(checksums, labels)
+        shard, position = located(checksums, labels, self.first)
         dtype = next(iter(out.values())).dtype
         used = np.unique(shard[shard >= 0])
         for index in track(used, f"reading {self.place}", len(used), self.progress):
@@ -140,13 +151,14 @@ class HeldRows:
                 shard[rows] = -1
                 continue
             _copy(out, found.arrays, rows, position[rows])
-            self.report.add(found.label)
+            self.report.count(found.label)
         return shard < 0
 
     def _write(self, out: Mapping[str, Tensor], checksums: UInt8[np.ndarray, "n 16"], start: int, stop: int) -> None:
         rows = {name: values[start:stop] for name, values in out.items()}
-        shard = write_shard(self.place, rows, self.dtype, start, checksums[start:stop], self.fingerprint)
-        self.report.add(shard.label)
+        at = self.first + start
+        shard = write_shard(self.place, rows, self.dtype, at, checksums[start:stop], self.fingerprint)
+        self.report.count(shard.label)
         for name, kept in shard.arrays.items():
             out[name][start:stop] = kept.to(out[name].device)
 
@@ -164,17 +176,17 @@ class HeldRows:
 
 
 def located(
-    checksums: UInt8[np.ndarray, "n 16"], labels: Sequence[Label]
+    checksums: UInt8[np.ndarray, "n 16"], labels: Sequence[Label], first: int = 0
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-    """(shard, row in it) of each row, −1 where no shard has it: a shard of the same stretch of rows first.
+    """(shard, row in it) of each row from `first` on, −1 where no shard has it: one of the same stretch before others.
 
     Any row with the same checksum is as good, so that rows may be added, left out or moved.
     """
     n = len(checksums)
     shard, position = np.full(n, -1, dtype=np.int64), np.zeros(n, dtype=np.int64)
     for index, label in enumerate(labels):
-        stretch = slice(label.start, label.start + len(label.checksums))
-        if stretch.stop <= n and np.array_equal(checksums[stretch], label.checksums):
+        stretch = slice(label.start - first, label.start - first + len(label.checksums))
+        if stretch.start >= 0 and stretch.stop <= n and np.array_equal(checksums[stretch], label.checksums):
             shard[stretch], position[stretch] = index, np.arange(len(label.checksums))
     left = (shard < 0).nonzero()[0]
     if len(left) and labels:

@@ -17,7 +17,7 @@ from refluence.sketches import Sketch
 from refluence.store.checksums import row_checksums
 from refluence.store.fingerprint import digest, settle, sketch_fingerprint
 from refluence.store.held import HeldRows, Report
-from refluence.store.memory import empty_rows, on_device
+from refluence.store.memory import empty_rows
 from refluence.store.places import LocalFolder, open_place
 
 SHARD_BYTES = 16 << 20
@@ -43,8 +43,8 @@ class Keeping:
 
     def project(
         self, rows: GradientRows, sketch: Sketch, sketches: Mapping[str, Sketch], part: str = ""
-    ) -> tuple[dict[str, Float[Tensor, "n m"]], dict[str, Any] | None]:
-        """Block → projected gradients, in the gradients' dtype, and what the store did (`Report.record`).
+    ) -> tuple[dict[str, Float[Tensor, "n m"]], Report | None]:
+        """Block → projected gradients, in the gradients' dtype and held as asked, and what the store did.
 
         Args:
             rows: of the training data.
@@ -66,11 +66,11 @@ class Keeping:
             for start, blocks in rows:
                 for block, values in make(blocks).items():
                     out[block][start : start + len(values)] = values
-            return on_device(out, rows.device), None
+            return out, None
         names = [part, f"m{sketch.m}" if self.by_size else ""]
         fingerprint = {**self.fingerprint, "sketch": sketch_fingerprint(sketch)}
         found = self._fill("/".join(filter(None, names)), fingerprint, out, rows, make, self.execution.store_dtype)
-        return on_device(out, rows.device), found.record()
+        return out, found
 
     def fill_norms(self, rows: GradientRows, out: dict[str, Float64[Tensor, " n"]]) -> None:
         """Fill in ‖g‖² of every row by a part of the store, where there is one."""

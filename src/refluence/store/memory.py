@@ -18,17 +18,6 @@ from refluence.errors import StoreError
 from refluence.execution import format_bytes
 
 
-class FetchedRows(dict[str, Tensor]):
-    """Block → rows that are held on the CPU and given on another device, each block when it is asked for."""
-
-    def __init__(self, rows: Mapping[str, Float[Tensor, "n m"]], device: torch.device) -> None:
-        super().__init__(rows)
-        self.device = device
-
-    def __getitem__(self, block: str) -> Float[Tensor, "n m"]:
-        return super().__getitem__(block).to(self.device)
-
-
 def empty_rows(
     sizes: Mapping[str, tuple[int, int]],
     dtype: torch.dtype,
@@ -49,12 +38,6 @@ def empty_rows(
         return {block: mapped(size, dtype, folder) for block, size in sizes.items()}
     place = torch.device("cpu") if offload == "cpu" else device
     return {block: torch.empty(size, dtype=dtype, device=place) for block, size in sizes.items()}
-
-
-def on_device(rows: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The rows as a solver on `device` takes them."""
-    elsewhere = any(values.device.type != device.type for values in rows.values())
-    return FetchedRows(rows, device) if elsewhere else rows
 
 
 def mapped(size: tuple[int, int], dtype: torch.dtype, folder: Path | None = None) -> Float[Tensor, "n m"]:

@@ -18,11 +18,11 @@ from refluence._version import __version__
 from refluence.batches import Batches
 from refluence.errors import DataError
 from refluence.execution import Execution, usable_device
-from refluence.fitting import model_fingerprint
 from refluence.gradients.capture import Capture
 from refluence.gradients.groups import parameter_groups
 from refluence.gradients.kernels import cross_grams, gram_matrices
 from refluence.gradients.rows import GradientRows
+from refluence.settings import model_fingerprint
 from refluence.studies.folder import StudyFolder
 from refluence.studies.projection.record import Recorded
 from refluence.studies.projection.spectral import RANK_CUT, Spectral
