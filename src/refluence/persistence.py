@@ -32,6 +32,7 @@ from refluence.accuracy import Accuracy
 from refluence.batches import Batches, tree_map
 from refluence.columns import checked_weights
 from refluence.curvature import OuterCurvature
+from refluence.distributed.group_parts import writes, written
 from refluence.errors import DataError, PlanError, RefluenceError
 from refluence.execution import usable_device
 from refluence.fitting import Fit
@@ -63,6 +64,13 @@ def save(influence: Influence, path: Path) -> Path:
     record = {**_record(influence), "transposed": transposed}
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     train = {"data": _whole(fit.rows.batches), "weights": fit.curvature.weights}
+    if writes():
+        _write(path, text, tensors, train)
+    written()
+    return path
+
+
+def _write(path: Path, text: str, tensors: dict[str, Tensor], train: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -76,7 +84,6 @@ def save(influence: Influence, path: Path) -> Path:
         new.rename(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return path
 
 
 def check_folder(path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from refluence.batches import Batches
 from refluence.columns import Columns, ColumnSums, checked_weights, group_codes
+from refluence.distributed.group_parts import writes, written
 from refluence.errors import RefluenceError
 from refluence.fitting import Fit
 from refluence.gradients.rows import GradientRows
@@ -80,9 +81,14 @@ def scores_in_folder(
         RefluenceError: scores that are not finite.
     """
     shown = track(tiles_of(tests, fit.rows.n), "scores", -(-tests.n // tile_size(tests, fit.rows.n)), tests.progress)
-    with replacing_scores(folder) as beside:
-        scores = (added_scores(fit, part, shifts, columns, errors, manifest) for part in shown)
-        write_tiles(beside, scores, tests.n)
+    scores = (added_scores(fit, part, shifts, columns, errors, manifest) for part in shown)
+    if writes():
+        with replacing_scores(folder) as beside:
+            write_tiles(beside, scores, tests.n)
+    else:
+        for _ in scores:
+            pass
+    written()
     return StoredScores(folder)
 
 

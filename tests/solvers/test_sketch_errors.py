@@ -190,7 +190,8 @@ def test_the_norm_of_a_solved_test_keeps_its_digits_where_it_lies_in_the_range()
     given = Solving(n=4)
     rows = 2 * torch.linalg.qr(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).double())[0].T
     sketch, mu = rf.sketches.Gaussian(40), 1e-9
-    state = SketchedDual(sketch, False, given.curvature, {"full": rows @ rows.T / 4}, ProjectedHere({"full": rows}, given.curvature))
+    held = ProjectedHere({"full": rows}, given.curvature)
+    state = SketchedDual(sketch, False, given.curvature, {"full": rows @ rows.T / 4}, held)
     cross, of_tests = state._squared_with_tests("full", mu, rows.clone())
     torch.testing.assert_close(of_tests, torch.full((4,), 4 / (1 + mu) ** 2).double(), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(cross.diagonal(), of_tests, rtol=1e-6, atol=0.0)

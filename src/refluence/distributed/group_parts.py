@@ -30,6 +30,17 @@ def agreed(value: Any) -> Any:
     return held[0]
 
 
+def writes() -> bool:
+    """Whether this process writes what all of a group have: the first one does."""
+    return not in_group() or dist.get_rank() == 0
+
+
+def written() -> None:
+    """Wait until the process that writes has done so."""
+    if in_group():
+        dist.barrier()
+
+
 class GroupParts(Parts):
     """One stretch of the rows in each process of the default group.
 

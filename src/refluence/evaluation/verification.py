@@ -207,8 +207,8 @@ def _check(influence: Influence, scores: Scores, count: int, objective: str) -> 
         )
     if influence.skipped:
         raise DataError(
-            f"the fit left out {len(influence.skipped):,} bad examples, and the refits leave out none: take them out of "
-            "the data to verify"
+            f"the fit left out {len(influence.skipped):,} bad examples, and the refits leave out none: take them out "
+            "of the data to verify"
         )
     if influence._fitted().curvature.weights is not None:
         raise DataError("the fit has weights, and the refits have none: fit without weights to verify")
