@@ -188,7 +188,8 @@ def _devices(scale: Scale, memory: dict[str, float]) -> int:
 
 def checked_share(batch_size: int) -> float:
     """The share of examples whose gradients are made a second time, singly, and compared (`gradients.capture`)."""
-    return 2 / batch_size if batch_size >= CHECKED_TWICE else 1 / max(batch_size, ROWS_PER_CHECK)
+    count = 2 if batch_size >= CHECKED_TWICE else 1
+    return count / max(batch_size, ROWS_PER_CHECK)
 
 
 def _batch_size(scale: Scale) -> int:
@@ -210,7 +211,8 @@ def _stages(scale: Scale, batch_size: int, making: float) -> tuple[Stage, ...]:
     # Two products forward and four backward, of every pair of positions.
     attention = 12.0 * scale.positions**2 * scale.attended if scale.positions > 1 else 0.0
     share = checked_share(batch_size)
-    single = share * 2.0 * (2 * sum(passed) + backward)
+    compared = sum(p for p, one in zip(passed, scale.matrices, strict=True) if (one.positions or 1) > 1 and one.kept)
+    single = share * 2.0 * (2 * sum(passed) + backward + compared)
     stages = [
         _stage("forward", 2.0 * examples * sum(passed), rate),
         _stage("backward", 2.0 * examples * backward, rate),
@@ -259,6 +261,7 @@ def _memory(scale: Scale, batch_size: int, store: StorePlan) -> dict[str, float]
     return {
         "model": scale.parameters * scale.dtype.itemsize,
         "batch in flight": IN_FLIGHT * batch_size * kept_numbers(scale) * scale.dtype.itemsize + batch_size * row,
+        "a gradient that is checked": scale.parameters * scale.dtype.itemsize,
         "P kept for the next batch": sketch_cache_bytes(scale.sketch, int(scale.parameters)),
         "m × m matrices": 16.0 * side**2 * blocks + 8.0 * side**2,
         "rows added to them at a time": 8.0 * min(scale.n, SUMMED_ROWS) * m,

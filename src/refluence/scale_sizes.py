@@ -97,6 +97,11 @@ class Layer:
         """Numbers of a position's factors: of a lookup an index and an error."""
         return 1.0 + self.columns if self.lookup else float(self.rows + self.columns)
 
+    @property
+    def kept(self) -> bool:
+        """Whether its factors are kept of a gradient, which are then fewer numbers than its rows."""
+        return (self.positions or 1) * self.factors < self.d
+
 
 def transformer_layers(d: int) -> tuple[Layer, ...]:
     """The matrices of a transformer with d parameters: d/(12w²) blocks of width w, w over their number being 128.

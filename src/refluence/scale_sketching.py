@@ -21,12 +21,12 @@ HASHED, DRAWN, ORTHOGONAL = 6.4e7, 2.8e8, 2.2e7
 
 def kept_numbers(scale: Scale) -> float:
     """Numbers that are kept of an example's gradient: the factors of each matrix, or its rows where they are fewer."""
-    return sum(one.count * min(_factor_numbers(one), one.d) for one in scale.matrices)
+    return sum(one.count * min((one.positions or 1) * one.factors, one.d) for one in scale.matrices)
 
 
 def by_factors(scale: Scale, one: Layer) -> bool:
     """Whether the sketch takes the factors of a matrix, so that its gradient is never formed."""
-    return isinstance(scale.sketch, FactoredSketch) and _factor_numbers(one) < one.d
+    return isinstance(scale.sketch, FactoredSketch) and one.kept
 
 
 def projection_work(scale: Scale) -> float:
@@ -83,8 +83,3 @@ def making_seconds(scale: Scale, numbers: float, devices: int) -> float:
         bandwidth = scale.on.bandwidth
         return numbers / HASHED if bandwidth is None else numbers * HASHED_BYTES / bandwidth
     return devices * numbers / (ORTHOGONAL if isinstance(scale.sketch, Kronecker) else DRAWN)
-
-
-def _factor_numbers(one: Layer) -> float:
-    assert one.positions is not None
-    return one.positions * one.factors

@@ -36,8 +36,8 @@ def assumptions(scale: Scale, batch_size: int, checked: float, in_flight: float)
         "activations and rows of embeddings are left out"
     )
     said.append(
-        f"{checked:.2%} of the examples are passed a second time, one at a time, to check their gradients "
-        f"(batches of {batch_size:,})"
+        f"{checked:.2%} of the examples, {batch_size:,} to a batch, are passed a second time, one at a time, to check "
+        "their gradients, one of which is whole in memory, as with the built-in cross entropy"
     )
     if isinstance(sketch, FactoredSketch):
         said.append(

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
+from refluence.cli.execution_options import StoreDtypeName
 from refluence.cli.options import SolverName
 
 _SIZE = "A job of any size, without a model or data"
-
-
-class StoreDtypeName(StrEnum):
-    """The types in which a store may hold rows."""
-
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
 
 Examples = Annotated[
     float | None,

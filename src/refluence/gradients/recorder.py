@@ -81,7 +81,7 @@ class Recorder(TorchFunctionMode):
             with self:
                 return TRANSPARENT[func](*args, **kwargs)
         result = func(*args, **kwargs)
-        if func in REORDERING or (func is Tensor.__getitem__ and any(True for _ in _tensors(args[1:]))):
+        if _reorders(func, args, kwargs):
             self.recording.reorders = True
         used = {id(t): self._slices[id(t)] for t in _tensors(args, kwargs.values()) if id(t) in self._slices}
         if used:
@@ -144,3 +144,12 @@ def _tensors(*groups: Iterable[Any]) -> Iterator[Tensor]:
                 yield from _tensors(item)
             elif isinstance(item, dict):
                 yield from _tensors(item.values())
+
+
+def _reorders(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call may give other rows than those of the batch, in its order."""
+    if func in (torch.gather, Tensor.gather):
+        # Along the last dimension of several, as a loss picks the output of a label, every row stays where it is.
+        given, dim = args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs["dim"]
+        return given.ndim < 2 or dim % given.ndim != given.ndim - 1
+    return func in REORDERING or (func is Tensor.__getitem__ and any(True for _ in _tensors(args[1:])))
