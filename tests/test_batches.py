@@ -316,3 +316,41 @@ def test_rows_that_can_be_read_are_compared_where_others_cannot():
 
     with pytest.raises(DataError, match="differ between two readings"):
         Batches(Both(2))
+
+
+@pytest.mark.parametrize("kind", ["tensors", "dataset", "loader"])
+@pytest.mark.parametrize(("first", "stop"), [(0, 8), (8, 16), (16, 21), (8, 21)])
+def test_a_stretch_has_the_batches_of_the_whole_and_knows_its_place(kind, first, stop):
+    x, y = torch.arange(21.0)[:, None], torch.arange(21)
+    data = {
+        "tensors": (x, y),
+        "dataset": list(zip(x, y, strict=True)),
+        "loader": DataLoader(Listed(x, y), batch_size=4),
+    }
+    whole = Batches(data[kind], 4)
+    part = whole.stretch(first, stop)
+    assert (part.n, part.first, part.whole) == (stop - first, first, 21)
+    expected = {start: batch for start, batch in whole if first <= start < stop}
+    for start, (rows, labels) in part:
+        assert torch.equal(rows, expected[first + start][0])
+        assert torch.equal(labels, expected[first + start][1])
+    told = list(part.mapped(lambda start, _: start))
+    assert [first + start for start, _ in told] == [start for _, start in told]
+    smaller = part.of_size(3)
+    assert torch.equal(torch.cat([rows for _, (rows, _) in smaller]), x[first:stop])
+
+
+def test_a_stretch_begins_where_a_batch_does():
+    with pytest.raises(DataError, match="multiple of 4"):
+        Batches((torch.ones(9),), 4).stretch(3, 9)
+
+
+class Listed(Dataset):
+    def __init__(self, *columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(self.columns[0])
+
+    def __getitem__(self, row):
+        return tuple(column[row] for column in self.columns)

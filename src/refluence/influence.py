@@ -126,7 +126,7 @@ class Influence:
             PlanError: the solver does not fit the memory, or cannot do the curvature.
             SolverError: the solver met negative curvature or diverged.
         """
-        self._take(fitting.fit(self.settings, train, weights, ASSUMED_TESTS))
+        self._take(fitting.fit(self.settings, train, weights))
         if self.skipped:
             warnings.warn(sentence(self.skipped, self.n_train), stacklevel=2)
         return self

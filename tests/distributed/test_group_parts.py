@@ -9,7 +9,7 @@ import torch
 
 import refluence as rf
 from support import grouped
-from support.grouped import K, N, SOLVERS, data, fitted, results, task
+from support.grouped import SOLVERS, K, N, data, fitted, results, task
 
 RANKS = 2
 
@@ -66,5 +66,3 @@ def test_a_store_is_filled_by_all_and_read_by_all(found):
 def test_a_bad_example_of_one_process_stops_all_and_is_named(folder):
     for rank in range(RANKS):
         assert "row 170" in (folder / f"poisoned-{rank}.txt").read_text()
-
-

@@ -13,7 +13,7 @@ from refluence.errors import PlanError
 from refluence.sketches import Sketch
 from refluence.sketches.memory import sketch_cache_bytes
 from refluence.solvers.cost import EIGENVALUES_WORK, Cost, Workload
-from refluence.solvers.projected import ProjectedHere, project_train, second_moments
+from refluence.solvers.projected import CHUNK_ROWS, ProjectedHere, project_train, second_moments
 from refluence.solvers.projection import (
     block_sketches,
     curvature_sketches,
@@ -113,7 +113,9 @@ class Sketched:
         m, side, blocks = self.sketch.m, min(self.sketch.m, w.n), len(w.dimensions)
         projection = self.sketch.work(w.d, w.bytes_per_row / w.itemsize)
         held = 0 if w.held_elsewhere else w.n * m * max(4, w.itemsize)
-        fixed = blocks * (16.0 * side**2 + held) + 8.0 * (side**2 + w.n * m + w.tests * m)
+        # Rows are taken in float64 some at a time, but by the n×n side all at once.
+        doubled = w.n if m > w.n else min(w.n, CHUNK_ROWS)
+        fixed = blocks * (16.0 * side**2 + held) + 8.0 * (side**2 + doubled * m + w.tests * m)
         work = (w.n + w.tests) * projection + blocks * (w.n * m * side + w.n * m * w.tests)
         work += blocks * (1.0 + EIGENVALUES_WORK) * side**3 / 3
         if w.q is None:
