@@ -190,12 +190,16 @@ def _checked(function: PerExample, name: str) -> PerExample:
     return values
 
 
+REPLICATING = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+"""What makes copies of a module for training; its gradients are the module's."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What is differentiated.
 
     Args:
-        model: any `nn.Module`. It is never changed.
+        model: any `nn.Module`. It is never changed. Of `DistributedDataParallel` and `DataParallel` the module inside.
         loss: "cross_entropy", "mse", "binary_cross_entropy", or `f(output, batch) -> (batch,)` per-example losses.
         forward: `f(model, batch) -> output`; default `model(batch[0])`, for a dict `model(**batch without "labels")`,
             its `.logits` where it has them.
@@ -218,6 +222,8 @@ class Task:
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise TaskError(f"`model` must be a torch.nn.Module, not {type(self.model).__name__}")
+        if isinstance(self.model, REPLICATING):
+            object.__setattr__(self, "model", self.model.module)
         if not callable(self.loss) and self.loss not in LOSSES:
             raise TaskError(f"unknown loss {self.loss!r}: use one of {sorted(LOSSES)} or f(output, batch) -> (batch,)")
         if not (self.l2 >= 0):
