@@ -82,10 +82,11 @@ def results(influence):
         "scores": scores.values,
         "groups": groups.values,
         "inverse_hvp": influence.inverse_hvp(tests),
-        "norms": torch.tensor([influence.gradient_norm, influence.gradient_rms, influence.effective_dimension]),
+        "norms": torch.tensor([influence.gradient_norm, influence.gradient_rms]),
     }
     if influence.curvature != "hessian":  # else a solve for each train row
         found["self_influence"] = influence.self_influence()
+        found["effective_dimension"] = torch.tensor([influence.effective_dimension])
         found["relatif"] = influence.score(tests, normalize="theta-relatif").values
     if scores.error is not None:
         found |= {"error": scores.error, "group_error": groups.error}

@@ -188,12 +188,13 @@ def quadratic(
     stretch: Stretch, block: str, system: PositiveMatrix, shift: float, squared: bool
 ) -> Float64[Tensor, " n"]:
     """r_jᵀ(M+μ)⁻¹r_j, or ‖(M+μ)⁻¹r_j‖²."""
-    parts = []
-    for _, rows in stretch.chunks(block):
+    # Not a list of parts: small results between large intermediate ones keep the memory of these from being used again.
+    out = torch.empty(len(stretch.rows[block]), dtype=torch.float64, device=stretch.device)
+    for start, rows in stretch.chunks(block):
         columns = rows.double().T
         solved = system.solve(columns, shift)
-        parts.append((solved * (solved if squared else columns)).sum(dim=0))
-    return torch.cat(parts)
+        torch.sum(solved.mul_(solved if squared else columns), dim=0, out=out[start : start + len(rows)])
+    return out
 
 
 def sums_of_rows(stretch: Stretch, block: str, sums: ColumnSums) -> Float64[Tensor, "g m"]:
