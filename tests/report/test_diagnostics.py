@@ -52,6 +52,23 @@ def test_layers_without_a_kronecker_form_are_named_up_to_some():
     )
 
 
+def test_stored_gradients_are_counted_over_all_stores():
+    store = {"store": "a", "rows_read": 0, "rows_made": 5000, "damaged": [], "rounding_error": {"full": 0.0}}
+    assert said(store=store) == [("Store", "0 rows read", "5,000 made, in a", False)]
+    other = {
+        **store,
+        "store": "b",
+        "rows_read": 4000,
+        "rows_made": 1000,
+        "damaged": ["x"],
+        "rounding_error": {"l": 2e-4},
+    }
+    [found] = said(store=[store, other, store])
+    assert found[1:3] == (
+        "4,000 rows read", "11,000 made, in a, b, 1 damaged file; stored with a rounding error of 2.0×10⁻⁴"
+    )  # fmt: skip
+
+
 def test_the_trace_that_a_rank_holds():
     assert said(rank={"a": 8}, captured_trace={"a": 0.83}) == [
         ("Rank", "8", "holds 83\N{NO-BREAK SPACE}% of the trace of the curvature", False)

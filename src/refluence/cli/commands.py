@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from refluence._version import __version__
+from refluence.cli import execution_options as e
 from refluence.cli import leverage as leverage_command
 from refluence.cli import leverage_basis, projection  # noqa: F401  (they add commands to `study`)
 from refluence.cli import options as o
@@ -72,6 +73,8 @@ def main(
             "refluence attribute --dataset mnist --out results --accuracy 0.1 --certify",
             "as accurate as asked, and checked",
         ),
+        ("refluence attribute --dataset mnist --out results --solver sketched --store kept", "keep the gradients"),
+        ("refluence attribute --dataset mnist --out results --scheduler local", "a worker on every core"),
         ("refluence attribute --dataset mnist --out results --save-fit mnist-fit", "keep the fit"),
         ("refluence attribute --dataset mnist --out more --fit mnist-fit --test-rows 12:24", "and use it again"),
         ("refluence attribute --dataset digits --out results --damping dim:90", "λ by effective dimension"),
@@ -114,6 +117,11 @@ def attribute(
     memory: o.Memory = None,
     seed: o.Seed = 0,
     skip_bad: o.SkipBad = False,
+    store: e.Store = None,
+    offload: e.Offload = e.OffloadName.NONE,
+    store_dtype: e.StoreDtype = None,
+    shard_rows: e.ShardRows = None,
+    scheduler: e.Scheduler = None,
     fit: o.SavedFit = None,
     out: o.Out,
     save_fit: o.SaveFit = None,
@@ -143,11 +151,10 @@ def attribute(
         device,
         dtype,
         batch_size,
-        memory,
+        _execution(ctx),
         seed,
         not quiet,
         accuracy,
-        skip_bad,
     )
     source.check()
     method.check()
@@ -222,6 +229,8 @@ def plan(
     dtype: o.Dtype = None,
     batch_size: o.BatchSize = None,
     memory: o.Memory = None,
+    offload: e.Offload = e.OffloadName.NONE,
+    scheduler: e.Scheduler = None,
     seed: o.Seed = 0,
     examples: of_scale.Examples = None,
     parameters: of_scale.Parameters = None,
@@ -244,7 +253,7 @@ def plan(
 
     source = Source(dataset, model, task, seed, l2=l2, n_train=n_train, n_test=n_test)
     method = Method(
-        curvature, samples, _solver(ctx), damping, device, dtype, batch_size, memory, seed, accuracy=accuracy
+        curvature, samples, _solver(ctx), damping, device, dtype, batch_size, _execution(ctx), seed, accuracy=accuracy
     )
     source.check()
     method.check()
@@ -309,6 +318,11 @@ def evaluate(
     dtype: o.Dtype = None,
     batch_size: o.BatchSize = None,
     memory: o.Memory = None,
+    store: e.Store = None,
+    offload: e.Offload = e.OffloadName.NONE,
+    store_dtype: e.StoreDtype = None,
+    shard_rows: e.ShardRows = None,
+    scheduler: e.Scheduler = None,
     seed: o.Seed = 0,
     out: o.Out,
     quiet: o.Quiet = False,
@@ -326,7 +340,9 @@ def evaluate(
     folder = OutputFolder(out)
     folder.check()
     source = Source(dataset, model, task, seed, label_noise, l2, n_train, n_test, retrain, epochs)
-    method = Method(curvature, samples, _solver(ctx), damping, device, dtype, batch_size, memory, seed, not quiet)
+    method = Method(
+        curvature, samples, _solver(ctx), damping, device, dtype, batch_size, _execution(ctx), seed, not quiet
+    )
     effort = Effort(subsets, seeds, removals, seed, not quiet)
     if methods is not None and _by_hand(ctx, "curvature"):
         raise typer.BadParameter("is decided by --methods: leave it out", param_hint="--curvature")
@@ -391,6 +407,12 @@ def _solver(ctx: typer.Context) -> SolverChoice:
     return SolverChoice(**{field.name: ctx.params[field.name] for field in fields(SolverChoice)})
 
 
+def _execution(ctx: typer.Context) -> e.ExecutionChoice:
+    """What the run may use, of which a command may have some options only."""
+    names = [field.name for field in fields(e.ExecutionChoice)]
+    return e.ExecutionChoice(**{name: ctx.params[name] for name in names if name in ctx.params})
+
+
 def _by_hand(ctx: typer.Context, name: str) -> bool:
     source = ctx.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
@@ -400,7 +422,7 @@ def _refuse_beside_a_fit(ctx: typer.Context) -> None:
     """An error for an option that a saved fit has decided; the damping may be another."""
     from refluence.cli.solver import TAKEN_BY, flag
 
-    decided = ("curvature", "samples", "solver", *TAKEN_BY, "accuracy", "device", "dtype", "batch_size", "memory")
-    for name in (*decided, "skip_bad", "save_fit"):
+    decided = ("curvature", "samples", "solver", *TAKEN_BY, "accuracy", "device", "dtype", "batch_size")
+    for name in (*decided, *(field.name for field in fields(e.ExecutionChoice)), "save_fit"):
         if _by_hand(ctx, name):
             raise typer.BadParameter("is decided by the fit of --fit: leave it out", param_hint=flag(name))

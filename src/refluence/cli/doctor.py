@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -32,7 +33,16 @@ def _machine() -> list[tuple[str, str]]:
     return [
         ("memory", f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB of it free"),
         ("devices", ", ".join(["cpu", *_accelerators()])),
+        ("dask", _dask()),
     ]
+
+
+def _dask() -> str:
+    """What `--scheduler` needs."""
+    try:
+        return f"{metadata.version('dask')}, distributed {metadata.version('distributed')}"
+    except metadata.PackageNotFoundError:
+        return "not installed; --scheduler needs it: pip install 'refluence[distributed]'"
 
 
 def _accelerators() -> list[str]:

@@ -165,7 +165,7 @@ def _scored(trial: Trial, asked: Asked, notes: list[str], tuned: dict[str, Any])
     scores: dict[str, rf.Scores] = {}
     reported = trial.reported
     for name, method in asked.methods.items():
-        influence = method.influence(trial.problem.task).fit(trial.problem.train)
+        influence = method.fit(trial.problem)
         if asked.tune_damping:
             found = tune_damping(
                 influence,

@@ -58,9 +58,8 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def explain(problem: Problem, method: Method, rows: list[int], save_fit: Path | None = None) -> Explanation:
     """Fit the influence to the train rows, keep the fit where asked, and score the given test rows."""
     seconds: dict[str, float] = {}
-    influence = method.influence(problem.task)
     with timed(seconds, "fit"):
-        influence.fit(problem.train)
+        influence = method.fit(problem)
     if save_fit is not None:
         with timed(seconds, "save fit"):
             influence.save(save_fit)

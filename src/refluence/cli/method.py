@@ -10,7 +10,9 @@ import typer
 
 import refluence as rf
 from refluence.accuracy import check_accuracy
+from refluence.cli.execution_options import ExecutionChoice
 from refluence.cli.options import CurvatureName, DtypeName
+from refluence.cli.problem import Problem
 from refluence.cli.solver import SolverChoice
 from refluence.errors import RefluenceError
 from refluence.execution import usable_device
@@ -29,11 +31,10 @@ class Method:
     device: str | None = None
     dtype: DtypeName | None = None
     batch_size: int | None = None
-    memory: str | None = None
+    execution: ExecutionChoice = field(default_factory=ExecutionChoice)
     seed: int = 0
     progress: bool = True
     accuracy: float | None = None
-    skip_bad: bool = False
 
     def check(self) -> None:
         """Raise typer.BadParameter, or a RefluenceError, for options that cannot be read or do not go together."""
@@ -42,8 +43,10 @@ class Method:
             raise typer.BadParameter(
                 f"is for --curvature mc_fisher, not for {self.curvature.value}", param_hint="--samples"
             )
+        self.execution.check_solver(self.solver.wanted)
         parse_damping(self.damping)
         self._device()
+        self.execution.check()
 
     def influence(self, task: rf.Task) -> rf.Influence:
         """An `Influence` that is not fitted yet.
@@ -62,10 +65,30 @@ class Method:
             batch_size=self.batch_size,
             progress=self.progress,
             seed=self.seed,
-            execution=rf.Execution(memory=self.memory, skip_bad=self.skip_bad),
+            execution=self.execution.build(),
             samples=self.samples or DEFAULT_SAMPLES,
             accuracy=self._accuracy(),
         )
+
+    def fit(self, problem: Problem) -> rf.Influence:
+        """The `Influence`, fitted to the train rows of the problem.
+
+        Raises:
+            typer.BadParameter: workers that lack the user's module.
+            RefluenceError: what `Influence` refuses.
+        """
+        influence = self.influence(problem.task)
+        train = problem.rows_for(influence.settings.execution)
+        try:
+            return influence.fit(train)
+        except ModuleNotFoundError as error:
+            if self.execution.scheduler is None:
+                raise
+            raise typer.BadParameter(
+                f"the workers of {self.execution.scheduler} have no module {error.name!r}: install it there, or give "
+                "--task as path/to/file.py:function, whose file is sent to them",
+                param_hint="--scheduler",
+            ) from error
 
     def _accuracy(self) -> rf.Accuracy | None:
         if self.accuracy is None:

@@ -6,6 +6,7 @@ import dataclasses
 
 import typer
 
+from refluence.cli.execution_options import FACTORED
 from refluence.cli.method import Method, parse_damping
 from refluence.cli.options import CurvatureName, PreconditionerName, SolverName
 from refluence.cli.solver import TAKEN_BY, SolverChoice, flag
@@ -16,7 +17,7 @@ _HINT = "--methods"
 def parse_methods(text: str | None, base: Method) -> dict[str, Method]:
     """Name → method: the one of `--curvature` and `--solver`, or each CURVATURE:SOLVER[:DAMPING] of the text.
 
-    Settings of solvers go to every method whose solver has them.
+    Settings of solvers go to every method whose solver has them; in a store each has a folder of its own.
 
     Raises:
         typer.BadParameter: not understood, named twice, or a setting that no method takes.
@@ -34,6 +35,8 @@ def parse_methods(text: str | None, base: Method) -> dict[str, Method]:
     for name in TAKEN_BY:
         if getattr(base.solver, name) is not None and all(getattr(m.solver, name) is None for m in methods.values()):
             raise typer.BadParameter(f"is taken by none of {', '.join(methods)}", param_hint=flag(name))
+    if all(method.solver.solver in FACTORED for method in methods.values()):
+        base.execution.check_solver(next(iter(methods.values())).solver.solver)
     for method in methods.values():
         method.check()
     return methods
@@ -58,6 +61,7 @@ def _method(term: str, base: Method) -> Method:
         samples=base.samples if chosen[0] is CurvatureName.MC_FISHER else None,
         solver=_settings(chosen[1], base.solver),
         damping=damping or base.damping,
+        execution=base.execution.of_method(f"{curvature}-{solver}", chosen[1]),
     )
 
 

@@ -205,7 +205,7 @@ def _randomisation(trial: Trial) -> pd.DataFrame:
     frames = {
         name: randomisation(
             influence,
-            problem.train,
+            problem.rows_for(influence.settings.execution),
             trial.reported_test,
             scores=trial.scores[name],
             build=problem.build,

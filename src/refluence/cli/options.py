@@ -280,7 +280,12 @@ BatchSize = Annotated[
 ]
 Memory = Annotated[
     str | None,
-    typer.Option("--memory", metavar="SIZE", help="Memory that may be used, such as 8GB.", rich_help_panel=_HOW),
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory that may be used, such as 8GB; with --scheduler by each worker.",
+        rich_help_panel=_HOW,
+    ),
 ]
 Seed = Annotated[
     int,

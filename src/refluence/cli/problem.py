@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import typer
 from torch import nn
 
 from refluence.cli.user_task import call, load_function
+from refluence.distributed.recipe import is_loader
 from refluence.errors import DataError
+from refluence.execution import Execution
 from refluence.report.presentation import Presentation
 from refluence.task import Task
 from refluence.training import Recipe
-from refluence.zoo import Benchmark, build_model, dataset_names, load_benchmark, model_names
+from refluence.zoo import Benchmark, build_model, dataset_names, load_benchmark, load_train, model_names
 from refluence.zoo.benchmark import load_untrained
 
 
@@ -23,7 +26,8 @@ from refluence.zoo.benchmark import load_untrained
 class Problem:
     """A task with its data; `benchmark` where it comes from the zoo, or the user's function gave one.
 
-    `recipe` is how the model was trained, and `build` makes an untrained one, where they are known.
+    `recipe` is how the model was trained, `build` makes an untrained one, and `loader` gives the train rows in another
+    process too, where they are known.
     """
 
     title: str
@@ -34,6 +38,26 @@ class Problem:
     benchmark: Benchmark | None = None
     recipe: Recipe | None = None
     build: Callable[[], nn.Module] | None = None
+    loader: TrainRows | None = None
+
+    def rows_for(self, execution: Execution) -> Any:
+        """The train rows as a fit takes them: for a cluster, where that is known, as its workers load them."""
+        return self.train if execution.cluster is None or self.loader is None else self.loader
+
+
+@dataclass(frozen=True, eq=False)
+class TrainRows:
+    """Train rows as a function: in this process those that are here; another process is sent `load` instead of them."""
+
+    rows: Any
+    load: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        """The rows."""
+        return self.rows
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return itemgetter(0), ((self.load,),)
 
 
 @dataclass(frozen=True)
@@ -104,7 +128,9 @@ class Source:
             epochs=self.epochs,
         )
         problem = problem_from(benchmark, f"{self.dataset} {self.model}")
-        return replace(problem, build=partial(build_model, self.dataset, self.model))
+        load = partial(load_train, self.dataset, self.model, self.seed, self.label_noise, n_train=self.n_train)
+        build = partial(build_model, self.dataset, self.model)
+        return replace(problem, build=build, loader=TrainRows(problem.train, load))
 
     def load_untrained(self) -> Problem:
         """The problem with a built-in model as initialised: enough to plan, and nothing has to be trained.
@@ -142,5 +168,13 @@ def problem_from(given: Any, name: str) -> Problem:
             "refluence.report.Presentation and a refluence.training.Recipe may follow, or a refluence.zoo.Benchmark"
         )
     task, train, test = parts[:3]
-    presentation = shown[0] if shown else Presentation()
-    return Problem(name, task, train, test, presentation, recipe=recipes[0] if recipes else None)
+    loader = TrainRows(call(train, name), train) if is_loader(train) else None
+    return Problem(
+        name,
+        task,
+        train if loader is None else loader.rows,
+        test,
+        shown[0] if shown else Presentation(),
+        recipe=recipes[0] if recipes else None,
+        loader=loader,
+    )

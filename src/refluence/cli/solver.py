@@ -57,7 +57,7 @@ class SolverChoice:
         Raises:
             typer.BadParameter: a setting of another solver, one that is missing, or a value that the solver refuses.
         """
-        wanted = self._wanted()
+        wanted = self.wanted
         self._check(wanted)
         if wanted is SolverName.AUTO:
             return "auto"
@@ -66,7 +66,8 @@ class SolverChoice:
         except RefluenceError as error:
             raise typer.BadParameter(str(error), param_hint=self._hint(wanted)) from error
 
-    def _wanted(self) -> SolverName:
+    @property
+    def wanted(self) -> SolverName:
         """A sketch asked for means the sketched solver."""
         if self.solver is SolverName.AUTO and (self.sketch is not None or self.sketch_size is not None):
             return SolverName.SKETCHED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -72,6 +73,11 @@ def _from_file(path: Path) -> ModuleType:
     except Exception as error:
         del sys.modules[path.stem]
         raise DataError(f"{path} cannot be imported: {_where(error)}; --debug shows the traceback") from error
+    # a worker of a cluster has no such module, and is sent what it defines
+    with contextlib.suppress(ImportError):
+        import cloudpickle
+
+        cloudpickle.register_pickle_by_value(module)
     return module
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from refluence.report.formatting import count, number, percent, shorten
 
 MAX_NAMES = 6
+LONGEST_PATH = 200
 RESIDUAL, NEGATIVE = "Relative residual", "Negative eigenvalues"
 
 
@@ -29,7 +30,8 @@ class Finding:
 
 def findings(diagnostics: Mapping[str, Any]) -> tuple[Finding, ...]:
     """What is worth saying of `Influence.diagnostics`."""
-    return (*_residual(diagnostics), *_negative(diagnostics), *_rank(diagnostics), *_layers(diagnostics))
+    found = (_residual, _negative, _rank, _layers, _stored)
+    return tuple(one for finding in found for one in finding(diagnostics))
 
 
 def _residual(diagnostics: Mapping[str, Any]) -> Iterator[Finding]:
@@ -78,8 +80,8 @@ def _layers(diagnostics: Mapping[str, Any]) -> Iterator[Finding]:
     yield Finding(name, value, "; ".join(parts), caution=bool(diagonal))
 
 
-def _names(names: Sequence[str]) -> str:
-    shown = ", ".join(shorten(str(name), 60) for name in names[:MAX_NAMES])
+def _names(names: Sequence[str], length: int = 60) -> str:
+    shown = ", ".join(shorten(str(name), length) for name in names[:MAX_NAMES])
     return f"{shown} and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else shown
 
 
@@ -90,3 +92,17 @@ def _numbers(value: Any) -> list[float]:
     if isinstance(value, Mapping):
         return [float(item) for item in value.values()]
     return [float(item) for item in value] if isinstance(value, Sequence) else [float(value)]
+
+
+def _stored(diagnostics: Mapping[str, Any]) -> Iterator[Finding]:
+    found = diagnostics.get("store")
+    if not found:
+        return
+    stores = found if isinstance(found, list) else [found]
+    read, made = (sum(store[name] for store in stores) for name in ("rows_read", "rows_made"))
+    damaged = sum(len(store["damaged"]) for store in stores)
+    again = f", {count(damaged, 'damaged file')}" if damaged else ""
+    rounding = max((error for store in stores for error in store["rounding_error"].values()), default=0.0)
+    stored = f"; stored with a rounding error of {number(rounding, 2)}" if rounding else ""
+    place = _names(list(dict.fromkeys(store["store"] for store in stores)), LONGEST_PATH)
+    yield Finding("Store", count(read, "row") + " read", f"{made:,} made, in {place}{again}{stored}")

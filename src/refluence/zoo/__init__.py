@@ -1,6 +1,6 @@
 """Data sets and models of the published benchmarks, trained by seeded recipes."""
 
-from refluence.zoo.benchmark import Benchmark, load_benchmark, load_untrained
+from refluence.zoo.benchmark import Benchmark, load_benchmark, load_train, load_untrained
 from refluence.zoo.datasets import DataSplit, ImageFormat, TokenFormat, dataset_names, load_dataset
 from refluence.zoo.fit import Fit, evaluate
 from refluence.zoo.models import build_model, model_names
@@ -17,6 +17,7 @@ __all__ = [
     "evaluate",
     "load_benchmark",
     "load_dataset",
+    "load_train",
     "load_untrained",
     "model_names",
     "recipe_for",

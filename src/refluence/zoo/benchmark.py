@@ -87,10 +87,8 @@ def load_benchmark(
     """
     recipe = recipe_for(dataset, model, l2=l2, epochs=epochs, steps=steps)
     split = load_dataset(dataset, n_train=n_train, n_test=n_test)
-    if label_noise and split.tokens is not None:
-        raise DataError(f"label_noise needs one label a row; the rows of {dataset!r} are sequences: leave it out")
-    labels, flipped = flip_labels(split.train[1], len(split.class_names), label_noise, seed)
-    data, test = pair_for(model, (split.train[0], labels)), pair_for(model, split.test)
+    data, flipped = _train_rows(split, model, label_noise, seed)
+    test = pair_for(model, split.test)
     with torch.random.fork_rng(devices=[]):  # initialising draws random numbers
         network = build_model(dataset, model).to(device)
     task = task_for(model, network, recipe.l2)
@@ -127,6 +125,26 @@ def load_benchmark(
         recipe=recipe,
         trained_now=trained_now,
     )
+
+
+def load_train(
+    dataset: str, model: str, seed: int = 0, label_noise: float = 0.0, *, n_train: int | None = None
+) -> Pair:
+    """The train rows of `load_benchmark` alone, for a process that needs no model, such as a worker of a cluster.
+
+    Raises:
+        DataError: as in `load_benchmark`.
+    """
+    split = load_dataset(dataset, n_train=n_train, n_test=1, progress=False)
+    return _train_rows(split, model, label_noise, seed)[0]
+
+
+def _train_rows(split: DataSplit, model: str, label_noise: float, seed: int) -> tuple[Pair, Tensor]:
+    """The rows that a model is trained on, and which of them have a wrong label."""
+    if label_noise and split.tokens is not None:
+        raise DataError(f"label_noise needs one label a row; the rows of {split.name!r} are sequences: leave it out")
+    labels, flipped = flip_labels(split.train[1], len(split.class_names), label_noise, seed)
+    return pair_for(model, (split.train[0], labels)), flipped
 
 
 def load_untrained(
