@@ -64,3 +64,12 @@ def test_random_state_weights_and_model_are_kept(problem):
         fitted(task, problem.train), problem.train, problem.test, scores=scores, seed=4, progress=False
     )
     assert not a.details.equals(plain.details)
+
+
+def test_every_untrained_model_has_a_store_of_its_own(problem, tmp_path):
+    solver, execution = rf.solvers.Sketched(rf.sketches.Gaussian(32)), rf.Execution(store=tmp_path)
+    influence = rf.Influence(problem.task(), solver=solver, damping=5.0, progress=False, execution=execution)
+    influence.fit(problem.train)
+    first, again = (randomisation(influence, problem.train, problem.test, models=2, progress=False) for _ in range(2))
+    assert first.details.equals(again.details)
+    assert len([folder for folder in tmp_path.iterdir() if folder.name.startswith("untrained-")]) == 2

@@ -89,7 +89,7 @@ def _untrained(influence: Influence, build: Callable[[], nn.Module] | None, seed
         batch_size=settings.batch_size,
         progress=settings.progress,
         seed=settings.seed,
-        execution=settings.execution.below("untrained"),
+        execution=settings.execution.below(f"untrained-{seed}"),
         samples=settings.samples,
     )
 
