@@ -22,7 +22,8 @@ STORE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class Execution:
     """What a run may use.
 
-    `offload`, `store` and what belongs to it are about the projected train gradients of solver Sketched.
+    `offload`, `store` and what belongs to it are about the train gradients: projected ones of solver Sketched, whole
+    ones of others. Of `Kfac` and `Ekfac` the store keeps the sums of their factors, and nothing is offloaded.
 
     Args:
         memory: bytes, or a text such as "8GB"; None: 80 % of what is free on the device.
@@ -78,6 +79,10 @@ class Execution:
         """Whether more is asked for than to hold rows where they are made."""
         return self.store is not None or self.offload != "none"
 
+    def elsewhere(self, device: torch.device) -> bool:
+        """Whether rows are held elsewhere than in the memory of the device that makes them."""
+        return self.offload == "disk" or (self.offload == "cpu" and device.type != "cpu")
+
     def below(self, part: str) -> Execution:
         """The same with a store of its own inside the store, where there is one."""
         return self if self.store is None else replace(self, store=f"{os.fspath(self.store).rstrip('/')}/{part}")
@@ -104,6 +109,15 @@ def usable_device(name: str | torch.device) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise PlanError(f"device {str(name)!r} cannot be used here: {reason}") from error
     return device
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that of a memory that is too small, which PyTorch's CPU allocator says by words only."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    wanting = "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
+    return isinstance(error, RuntimeError) and wanting
 
 
 def parse_bytes(memory: int | str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,24 +12,26 @@ from torch import Tensor, nn
 
 from refluence.accuracy import accurate_plan, grown
 from refluence.batches import Batch, Batches, Data
-from refluence.curvature import Curvature
+from refluence.curvature import Curvature, OuterCurvature
 from refluence.curvature.build import make_curvature
 from refluence.curvature.outputs import IndefiniteLossError, root_count
 from refluence.damping import DampingChoice
 from refluence.distributed.parts_of import budget as memory_budget
-from refluence.distributed.parts_of import parts_of, workers
+from refluence.distributed.parts_of import on_cluster, parts_of, workers
 from refluence.distributed.recipe import Recipe, loaded
 from refluence.errors import PlanError
 from refluence.gradients.blocks import GradientBlock
 from refluence.gradients.capture import Capture
 from refluence.gradients.outer import OuterBlock
 from refluence.gradients.rows import GradientRows
-from refluence.planning import Plan, make_plan
+from refluence.planning import ASSUMED_TESTS, Plan, holds_rows, make_plan
 from refluence.settings import Settings, model_fingerprint, working_model
-from refluence.skipping import bad_rows, good_rows, leaving_out, replaced, weights_without
-from refluence.solvers import Sketched, State
+from refluence.skipping import bad_rows, good_rows, leaving_out, raises_everywhere, replaced, weights_without
+from refluence.solvers import Solver, State
 from refluence.solvers.cost import Workload
+from refluence.solvers.kfac import KroneckerSolver
 from refluence.store.fingerprint import gradients_fingerprint
+from refluence.store.held import Report
 
 PROBE_ROWS = 32
 FACTOR_BYTES_PER_BATCH = 64 << 20
@@ -40,6 +41,8 @@ KEPT_SLACK = 1.05
 MOST_OUTPUTS = 256
 """Outputs an example up to which the rows of a GGN may be held; its products need no rows."""
 SHARE_FOR_FEATURES = 0.5
+SHARE_FOR_SCORES = 0.25
+MANY_SCORES = 1 << 30
 NONE: Mapping[int, str] = {}
 
 
@@ -74,7 +77,7 @@ class Prepared:
 
     def curvature(self, settings: Settings, weights: Tensor | None, q: int | None) -> Curvature:
         """The curvature on the training data, with its share of the memory for what is kept."""
-        kept = self.plan.chosen.kept * KEPT_SLACK
+        kept = self.plan.chosen.kept * KEPT_SLACK + self.held_bytes(settings)
         recipe = self.recipe(settings, weights, q)
         parts = parts_of(recipe, self.capture, self.batches, kept / workers(settings.execution))
         if parts is None:
@@ -83,34 +86,47 @@ class Prepared:
         whole.lie_in(parts)
         return whole
 
+    def holds_rows(self, settings: Settings) -> bool:
+        """Whether whole gradients are held as rows."""
+        return settings.execution.keeps and holds_rows(self.plan.chosen.solver)
+
+    def held_bytes(self, settings: Settings) -> float:
+        """Bytes of the gradients that are held as rows where they are made."""
+        w = self.plan.workload
+        return w.n * w.whole_row_bytes if self.holds_rows(settings) and not w.held_elsewhere else 0.0
+
     def recipe(self, settings: Settings, weights: Tensor | None, q: int | None) -> Recipe:
         """What the train side is made of."""
-        w = self.plan.workload
-        share = w.bytes_per_row / max(1.0, w.bytes_per_row + w.feature_bytes_per_row)
+        w, whole = self.plan.workload, self.holds_rows(settings)
+        row = w.bytes_per_row
+        if whole:
+            row = w.whole_row_bytes if w.held_elsewhere else 0.0
+        share = row / max(1.0, row + w.feature_bytes_per_row)
         stored = self.stored(settings)
         size = self.batches.batch_size
-        return Recipe(settings, self.train, self.probe, size, weights, q, self.skipped, stored, share)
+        return Recipe(settings, self.train, self.probe, size, weights, q, self.skipped, stored, share, whole)
 
     def stored(self, settings: Settings) -> dict[str, Any] | None:
         """The fingerprint of the train rows that are to be stored or held elsewhere, None where they are not.
 
         Raises:
-            PlanError: a store, or an offload, with another solver than a sketch.
+            PlanError: an offload, or rounding, of a solver that holds no rows.
         """
         execution = settings.execution
         if not execution.keeps:
             return None
-        solver = self.plan.chosen.solver
-        if not isinstance(solver, Sketched):
-            asked = f"store={os.fspath(execution.store)!r}" if execution.store else f"offload={execution.offload!r}"
-            raise PlanError(
-                f"rf.Execution({asked}) is about the projected gradients of solver Sketched, and the solver is "
-                f"{self.plan.solver}: use rf.solvers.Sketched(rf.sketches.SJLT(4096)), or leave it out"
-            )
+        if isinstance(self.plan.chosen.solver, KroneckerSolver):
+            asked = f"offload={execution.offload!r}" if execution.offload != "none" else ""
+            asked = asked or (f"store_dtype={execution.store_dtype}" if execution.store_dtype is not None else "")
+            if asked:
+                raise PlanError(
+                    f"rf.Execution({asked}) is about rows of gradients, and solver {self.plan.solver} holds none: a "
+                    "store keeps the sums of its factors, in float64. Leave it out"
+                )
         return gradients_fingerprint(settings.task, model_fingerprint(self.capture.model), settings.groups)
 
 
-def prepare(settings: Settings, train: Data, n_test: int, skipped: Mapping[int, str] = NONE) -> Prepared:
+def prepare(settings: Settings, train: Data, n_test: int | None, skipped: Mapping[int, str] = NONE) -> Prepared:
     """Probe the gradients and plan the work, without the rows that are left out."""
     source, train = train, loaded(train)
     model = working_model(settings)
@@ -130,6 +146,9 @@ def prepare(settings: Settings, train: Data, n_test: int, skipped: Mapping[int, 
     budget = memory_budget(settings.execution, reference.device)
     q, features_per_row = _features(settings, capture, sample, probe.n, budget)
     fitting = int(FACTOR_BYTES_PER_BATCH / max(1.0, per_row + features_per_row))
+    if settings.execution.keeps and isinstance(settings.solver, Solver) and holds_rows(settings.solver):
+        whole_row = 4.0 * sum(shape.numel() for shape in capture.shapes.values())
+        fitting = int(FACTOR_BYTES_PER_BATCH / max(1.0, per_row + features_per_row, whole_row))
     batch_size = settings.batch_size or max(8, min(LARGEST_BATCH, 1 << max(0, fitting.bit_length() - 1)))
     batches = replaced(Batches(train, batch_size, reference.device, settings.dtype, "train"), skipped)
     dimensions = {
@@ -140,7 +159,7 @@ def prepare(settings: Settings, train: Data, n_test: int, skipped: Mapping[int, 
     inner = sum(block.inner_product_work() for block in blocks.values())
     workload = Workload(
         n=batches.n,
-        tests=n_test,
+        tests=_tests(n_test, batches.n, budget),
         dimensions=dimensions,
         q=q,
         bytes_per_row=per_row,
@@ -153,11 +172,21 @@ def prepare(settings: Settings, train: Data, n_test: int, skipped: Mapping[int, 
         device=reference.device,
         damping=settings.damping,
         offload=settings.execution.offload,
+        keeps=settings.execution.keeps,
     )
     plan = make_plan(workload, settings.curvature, settings.solver, budget, settings.seed)
     if settings.accuracy is not None and settings.solver == "auto":
         plan = accurate_plan(plan, settings.accuracy, settings.curvature, settings.seed)
     return Prepared(capture, batches, plan, source, first_rows, skipped)
+
+
+def _tests(asked: int | None, n: int, budget: int) -> int:
+    """The tests of a score call: as asked, or some 500, or fewer where so many scores would fill the memory."""
+    if asked is not None:
+        return asked
+    bytes_a_test = 32 * n
+    many = bytes_a_test * ASSUMED_TESTS > max(budget, MANY_SCORES)
+    return max(1, int(SHARE_FOR_SCORES * budget / bytes_a_test)) if many else ASSUMED_TESTS
 
 
 def plan_for(settings: Settings, train: Data, n_test: int) -> Plan:
@@ -170,7 +199,7 @@ def plan_for(settings: Settings, train: Data, n_test: int) -> Plan:
     )
 
 
-def fit(settings: Settings, train: Data, weights: Sequence[float] | Tensor | None, n_test: int) -> Fit:
+def fit(settings: Settings, train: Data, weights: Sequence[float] | Tensor | None) -> Fit:
     """Prepare the solver on the training data, without its bad examples where these are to be skipped.
 
     Raises:
@@ -178,34 +207,50 @@ def fit(settings: Settings, train: Data, weights: Sequence[float] | Tensor | Non
         PlanError: the solver does not fit the memory, or cannot do the curvature.
     """
     return leaving_out(
-        lambda skipped: _fit(settings, train, weights, n_test, skipped),
+        lambda skipped: _fit(settings, train, weights, skipped),
         lambda most: _bad_rows(settings, train, most),
         settings.execution.skip_bad,
-        # A store holds finite gradients only, and parts see to their own rows.
-        seen=lambda made: made.rows.passed or settings.execution.store is not None or made.rows.parts is not None,
+        seen=lambda made: _from_store(settings, made) or made.curvature.total(_not_passed) == 0,
     )
+
+
+def _from_store(settings: Settings, made: Fit) -> bool:
+    """Whether the train gradients, or what was made of them, are from a store, which holds finite ones only."""
+    sums = isinstance(made.plan.chosen.solver, KroneckerSolver)
+    own = isinstance(made.curvature, OuterCurvature) and made.curvature.own_rows
+    return settings.execution.store is not None and (own or not sums)
+
+
+def _not_passed(part: Curvature) -> int:
+    """1 where not all gradients of a part have been made, else 0."""
+    return int(not part.rows.passed)
 
 
 def _bad_rows(settings: Settings, train: Data, most: int | None) -> dict[int, str]:
     model = working_model(settings)
     device = next(model.parameters()).device
     batches = Batches(loaded(train), settings.batch_size or PROBE_ROWS, device, settings.dtype, "train")
-    return bad_rows(settings.task, model, batches, settings.progress, most)
+    if settings.execution.cluster is None:
+        return bad_rows(settings.task, model, batches, settings.progress, most)
+    if raises_everywhere(settings.task, model, batches):
+        return {}
+    recipe = Recipe(settings, train, None, batches.batch_size, None, None, {}, None, 1.0)
+    return on_cluster(recipe, batches).bad_rows(most)
 
 
 def _fit(
     settings: Settings,
     train: Data,
     weights: Sequence[float] | Tensor | None,
-    n_test: int,
     skipped: Mapping[int, str],
 ) -> Fit:
-    prepared = prepare(settings, train, n_test, skipped)
+    prepared = prepare(settings, train, None, skipped)
     prepared.plan.check()
     checked = weights_without(weights, skipped, prepared.batches.n)
     q = prepared.plan.workload.q
     solver = prepared.plan.chosen.solver
     curvature = prepared.curvature(settings, checked, q)
+    held = curvature.rows.total(_held) if prepared.holds_rows(settings) else None
     try:
         state = solver.prepare(curvature)
     except IndefiniteLossError:
@@ -214,10 +259,16 @@ def _fit(
             raise
         curvature = prepared.curvature(settings, checked, None)
         state = solver.prepare(curvature)
+    if held is not None:
+        state.diagnostics["store"] = held.record()
     model, plan = prepared.capture.model, prepared.plan
     if settings.accuracy is not None:
         state, plan = accurate(settings, state, plan, settings.damping)
-    return Fit(model, prepared.capture, curvature, state, plan, model_fingerprint(model), dict(skipped))
+    return Fit(model, prepared.capture, curvature, state, plan, model_fingerprint(model), dict(sorted(skipped.items())))
+
+
+def _held(rows: GradientRows) -> Report | None:
+    return rows.hold()
 
 
 def accurate(

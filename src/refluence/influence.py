@@ -63,7 +63,7 @@ class Influence:
         batch_size: examples a forward pass; None: chosen from a probe. A `DataLoader` keeps its own.
         progress: whether long passes show a bar.
         seed: of sampled labels and of the automatic sketch (no random choice in the exact solvers).
-        execution: memory that may be used, and where projected train gradients are held and stored.
+        execution: memory that may be used, and where train gradients are held and stored.
         samples: labels an example of "mc_fisher"; two or more give every score of solver Gram a standard error.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import lru_cache
 
 import torch
@@ -14,6 +14,7 @@ from refluence.execution import format_bytes
 from refluence.sketches import SJLT
 from refluence.solvers import ConjugateGradient, Dense, Gram, Sketched, Solver
 from refluence.solvers.cost import Workload
+from refluence.solvers.kfac import KroneckerSolver
 
 ASSUMED_TESTS = 500
 SMALLEST_SKETCH = 256
@@ -91,8 +92,17 @@ class Plan:
         )
         raise PlanError(
             f"solver {self.solver} needs {format_bytes(self.memory)} but {format_bytes(self.budget)} may be used: "
-            f"{others}; or raise rf.Execution(memory=...)"
+            f"{self._mapped()}{others}; or raise rf.Execution(memory=...)"
         )
+
+    def _mapped(self) -> str:
+        """The remedy of a mapped file, where held rows are what does not fit."""
+        w, solver = self.workload, self.chosen.solver
+        if not (w.keeps and holds_rows(solver)) or w.held_elsewhere:
+            return ""
+        if not estimate(solver, replace(w, offload="disk"), self.budget).fits(self.budget):
+            return ""
+        return f'rf.Execution(offload="disk") holds the {w.n:,} × {w.d:,} train gradients in a mapped file; '
 
     def summary(self) -> str:
         """Several lines for people."""
@@ -180,6 +190,11 @@ def default_sketch(workload: Workload, seed: int = 0) -> SJLT:
     return SJLT(max(SMALLEST_SKETCH, 1 << max(0, int(wanted - 1)).bit_length()), seed=seed)
 
 
+def holds_rows(solver: Solver) -> bool:
+    """Whether a solver takes whole train gradients, which a store or an offload then holds as rows."""
+    return not isinstance(solver, (Sketched, KroneckerSolver))
+
+
 def _sketched(workload: Workload, budget: int, seed: int) -> Estimate:
     """The default sketch, or the largest smaller one that fits and can still hold the automatic damping."""
     sketch = default_sketch(workload, seed)
@@ -195,14 +210,21 @@ def estimate(solver: Solver, w: Workload, budget: int) -> Estimate:
 
     Counts multiply-adds in float64, at the measured rate, and the passes over the gradients.
     """
+    held = 0.0
+    whole = w.keeps and holds_rows(solver)
+    if whole:
+        w = replace(w, bytes_per_row=w.whole_row_bytes, inner_product_work=float(w.d))
+        held = 0.0 if w.held_elsewhere else w.n * w.whole_row_bytes
     cost = solver.cost(w)
     if cost.why_not is not None:
         return Estimate(solver, 0.0, 0.0, float("inf"), float("inf"), cost.why_not)
-    fixed = cost.fixed + IN_FLIGHT * (w.bytes_per_row + w.feature_bytes_per_row) * w.batch_size
-    kept = min(cost.kept, max(0.0, budget - fixed))
+    fixed = cost.fixed + held + IN_FLIGHT * (w.bytes_per_row + w.feature_bytes_per_row) * w.batch_size
+    wanted = max(0.0, cost.kept - held)
+    kept = min(wanted, max(0.0, budget - fixed))
     passes = 1.0
-    if kept < cost.kept:
-        passes = _passes(cost.kept, budget - fixed) if cost.tiled else cost.passes
+    # Held rows are read again, and rows of the curvature made.
+    if kept < wanted and (not whole or w.feature_bytes_per_row > 0):
+        passes = _passes(wanted, budget - fixed) if cost.tiled else cost.passes
     # A row of a GGN takes another backward pass, which is some half of a gradient's two.
     gradients = w.gradient_seconds * (1.0 + (w.q or 1) / 2 - 0.5)
     rate = multiply_adds_per_second(str(w.device))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from refluence.batches import Batch, Batches
 from refluence.columns import checked_weights
 from refluence.errors import BadExampleError, DataError, NonFiniteError, RefluenceError
+from refluence.execution import out_of_memory
 from refluence.isolation import evaluation_mode
 from refluence.progress import track
 from refluence.task import Task
@@ -38,6 +39,7 @@ def bad_rows(
 
     A good batch costs one forward and one backward pass, and a bad one is halved until its bad rows are found. Rows are
     numbered as in `batches`, from 0. Empty also where rows spread over the whole data all raise: no row's fault then.
+    A `stretch` is not asked that: all of it may be bad.
 
     Args:
         task: whose loss is taken.
@@ -54,13 +56,20 @@ def bad_rows(
     with search.ready():
         for rows, wrong in track(search.batch_by_batch(), f"bad rows of {batches.name}", len(batches), progress):
             if wrong:
-                none_good = len(found) == rows.start
+                none_good = len(found) == rows.start and batches.n == batches.whole
                 if none_good and search.raises_everywhere():
                     return {}
                 found.update(search.within(rows))
             if most is not None and len(found) >= most:
                 break
     return dict(list(found.items())[:most])
+
+
+def raises_everywhere(task: Task, model: nn.Module, batches: Batches) -> bool:
+    """Whether rows that are spread over the whole data all raise, so that it is no row's fault."""
+    search = _Search(task, model, batches)
+    with search.ready():
+        return search.raises_everywhere()
 
 
 def refuse_bad(task: Task, model: nn.Module, batches: Batches, rows: Sequence[int]) -> None:
@@ -113,7 +122,7 @@ def leaving_out(
 def _blamed(error: Exception, look: Callable[[int | None], dict[int, str]], skip: bool) -> dict[int, str]:
     """The rows that an error is about, none where it is about no row; without `skip` it is raised with the first."""
     named = {error.row: error.reason} if isinstance(error, BadExampleError) else {}
-    if isinstance(error, (RefluenceError, MemoryError, torch.OutOfMemoryError)) and not (named and skip):
+    if (isinstance(error, RefluenceError) or out_of_memory(error)) and not (named and skip):
         return {}
     if skip:
         return {**named, **look(None)}
@@ -207,9 +216,9 @@ class _Search:
                 at = rows.stop
                 try:
                     _, batch = next(waiting)
-                except (MemoryError, torch.OutOfMemoryError):
-                    raise
-                except Exception:
+                except Exception as error:
+                    if out_of_memory(error):
+                        raise
                     yield rows, True
                     break
                 yield rows, self.fault(batch, rows.start) is not None
@@ -237,9 +246,9 @@ class _Search:
         """What is wrong with these rows, read by themselves."""
         try:
             batch = self.batches.select(rows)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             return self._raised(f"reading it raises {_in_words(error)}", rows[0], error)
         return self.fault(batch, rows[0])
 
@@ -252,9 +261,9 @@ class _Search:
                 at = int((~finite).nonzero()[0])
                 return self._not_finite(f"the loss is {values[at].item()}", start + at)
             gradients = self._gradients(values)
-        except (RefluenceError, MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:
+            if isinstance(error, RefluenceError) or out_of_memory(error):
+                raise
             return self._raised(f"the model or the loss raises {_in_words(error)}", start, error)
         # A sum is finite only where all its terms are.
         for name, gradient in gradients.items():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 import refluence as rf
-from refluence.errors import NonFiniteError, PlanError, StoreError
+from refluence.errors import NonFiniteError, StoreError
 from support.stored import BATCH, SHARD, Counting, K, N, data, fitted, record, shards
 
 TRAIN, TEST = data(N), data(K, seed=2)
@@ -287,14 +287,6 @@ def test_a_bad_example_within_a_shard_loses_no_batch_before_it(tmp_path):
     again = fitted(TRAIN, tmp_path)
     assert record(again)["rows_read"] == 56
     same(again, plain())
-
-
-def test_a_store_is_for_sketches_only(tmp_path):
-    for execution in (rf.Execution(store=tmp_path / "s"), rf.Execution(offload="disk")):
-        influence = rf.Influence(rf.Task(Counting()), solver=rf.solvers.Gram(), execution=execution, progress=False)
-        with pytest.raises(PlanError, match=r"is about the projected gradients of solver Sketched, .* Gram"):
-            influence.fit(TRAIN)
-    assert not (tmp_path / "s").exists()
 
 
 def test_models_of_an_ensemble_have_stores_of_their_own(tmp_path):

@@ -58,15 +58,16 @@ def fitted(
     blocks: Any = "full",
     curvature: str = "fisher",
     damping: Any = None,
+    solver: Any = None,
     **execution: Any,
 ) -> rf.Influence:
-    """Sketched influence on `train`, with small batches and shards."""
+    """Influence on `train`, sketched unless another solver is given, with small batches and shards."""
     if store is not None:
         execution = {"shard_rows": SHARD, **execution, "store": store}
     influence = rf.Influence(
         rf.Task(model or Counting(), loss=loss),
         curvature=curvature,
-        solver=rf.solvers.Sketched(sketch or rf.sketches.SJLT(32), replicates=replicates),
+        solver=solver or rf.solvers.Sketched(sketch or rf.sketches.SJLT(32), replicates=replicates),
         damping=damping or rf.RelativeDamping(20.0),
         blocks=blocks,
         batch_size=BATCH,

@@ -60,16 +60,18 @@ def layers_of(capture: Capture) -> tuple[Layer, ...]:
 
 
 def factored_batches(
-    curvature: OuterCurvature, layers: Sequence[Layer]
+    curvature: OuterCurvature, layers: Sequence[Layer], stretch: tuple[int, int] | None = None
 ) -> Iterator[tuple[int, dict[Layer, tuple[OuterBlock, ...] | None]]]:
-    """(first example, layer → its q sums of outer products) for each batch; None for a layer that has none there.
+    """(first example, layer → its q sums of outer products) for each batch, or for those of a stretch of the rows.
+
+    None stands for a layer that has none there.
 
     Where rows take less memory than factors (many positions of a small layer), rows are what is kept, and the factors
     are made again for the batch. They are used where they give the rows that were kept.
     """
     rows, capture = curvature.features, curvature.features.capture
     dense: set[Layer] = set()
-    for start, blocks in rows:
+    for start, blocks in rows.made() if stretch is None else rows.over([stretch]):
         found: dict[Layer, tuple[OuterBlock, ...] | None] = {}
         for layer in layers:
             if (parts := _outer_parts(layer.of(blocks))) is not None:
@@ -79,8 +81,8 @@ def factored_batches(
         yield start, found
     if not dense:
         return
-    kept = iter(rows)
-    for start, batch in capture.running(rows.batches):
+    kept = rows.made() if stretch is None else rows.over([stretch])
+    for start, batch in capture.running(rows.batches if stretch is None else rows.batches.holding([stretch])):
         at, blocks = next(kept)
         assert at == start, "two passes over the rows have the same batches"
         lacking = [layer for layer in layers if layer in dense and _outer_parts(layer.of(blocks)) is None]

@@ -128,10 +128,10 @@ def _products(part: OuterCurvature, vectors: Vectors) -> Vectors:
 def _sampled_products(part: OuterCurvature, rows: Int64[Tensor, " b"], vectors: Vectors) -> Vectors:
     """Block → Σ w_i C_i V over those of the rows that are the part's."""
     features = part.features
-    if not features.kept:
+    if not features.at_hand:
         for _ in features:
             pass
-    if not features.kept:
+    if not features.at_hand:
         raise PlanError("the gradients do not fit the memory, so batches of them cannot be drawn: use batch_size=None")
     rows = part.rows.own(rows)
     out = {block: torch.zeros_like(v) for block, v in vectors.items()}

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import torch
 from torch import Tensor
 
+from refluence.distributed.cluster import threads
+from refluence.distributed.placement import Placement
 from refluence.distributed.recipe import Recipe, Rows
-from refluence.distributed.worker import run, summed
+from refluence.distributed.worker import Order, bad_rows_of, run, summed
 from refluence.errors import ClusterError
-from refluence.execution import format_bytes
 from refluence.gradients.kernels import held_blocks
 from refluence.gradients.parts import Parts, Pass, Tree, joined
 from refluence.progress import track
@@ -27,7 +30,11 @@ if TYPE_CHECKING:
 FAN = 4
 """Results that are added together at a time: partial sums wait in the workers' memories until they are."""
 ATTEMPTS = 8
-LARGEST_SENT = 256 << 20
+PATIENCE_SECONDS = 120.0
+"""That a cluster may be without any worker."""
+SECONDS_BETWEEN_LOOKS = 5.0
+SECONDS_FOR_NEWS = 0.2
+LISTED = 3
 
 
 class DaskParts(Parts):
@@ -51,9 +58,7 @@ class DaskParts(Parts):
         self.client, self.rows, self.progress = client, list(rows), progress
         self.key = f"refluence-{uuid.uuid4().hex[:12]}"
         self.sizes = [recipe.batch_size] * len(self.rows)
-        workers = worker_addresses(client)
-        self.owners = [workers[i * len(workers) // len(self.rows)] for i in range(len(self.rows))]
-        self.among = -(-len(self.rows) // len(workers))
+        self.placement = Placement(threads(client), len(self.rows))
         self._numbers = itertools.count()
         self._lost = 0
         self._recipe = self._sent(cloudpickle.dumps(recipe))
@@ -62,37 +67,41 @@ class DaskParts(Parts):
         """The sum over the stretches, added by fours on the workers in the order of the rows."""
         sent = self._sent(cloudpickle.dumps(given))
         while True:
+            self._begin()
             sums = _Sums(self._add)
             leaves = []
             for i in range(len(self.rows)):
                 leaves.append(self._submit(i, of, function, sent))
                 sums.append(leaves[-1])
             total = sums.total()
-            found = self._awaited(leaves, release=True)
-            try:
-                if found is not None:
-                    return total.result()
-            except Exception as error:
-                self._heal([], error)
+            if self._awaited(leaves, [[i] for i in range(len(self.rows))], release=True) is None:
+                continue
+            found = self._awaited([total], [[]])
+            if found is not None:
+                self._lost = 0
+                return found[0]
 
     def by_row(self, of: str, function: Pass, *given: Any) -> Tree:
         """What the stretches give, one below the other."""
         sent = self._sent(cloudpickle.dumps(given))
-        return joined(self._all(lambda i: self._submit(i, of, function, sent), [[i] for i in range(len(self.rows))]))
+        every = range(len(self.rows))
+        return joined(self._all(lambda: [self._submit(i, of, function, sent) for i in every], [[i] for i in every]))
 
     def gram(self, of: str, function: Pass, groups: Sequence[str]) -> dict[str, Tensor]:
         """Every pair of stretches, the gradients of one sent from worker to worker."""
         groups = list(groups)
         alone, among = self._sent(cloudpickle.dumps((None, groups))), self._sent(cloudpickle.dumps(()))
         named = self._sent(cloudpickle.dumps((groups,)))
-        blocks = [self._submit(i, of, held_blocks, named) for i in range(len(self.rows))]
         pairs = [(i, j) for i in range(len(self.rows)) for j in range(i + 1)]
 
-        def submit(number: int) -> Future:
-            i, j = pairs[number]
-            if i == j:
-                return self._submit(i, of, function, alone)
-            return self._submit(i, of, function, among, (blocks[j], groups))
+        def submit() -> list[Future]:
+            blocks = [self._submit(i, of, held_blocks, named) for i in range(len(self.rows))]
+            return [
+                self._submit(i, of, function, alone)
+                if i == j
+                else self._submit(i, of, function, among, (blocks[j], groups))
+                for i, j in pairs
+            ]
 
         found = self._all(submit, [[i, j] for i, j in pairs])
         starts = [first for first, _ in self.rows]
@@ -108,6 +117,16 @@ class DaskParts(Parts):
                 gram[there, here] = part.T
         return grams
 
+    def bad_rows(self, most: int | None) -> dict[int, str]:
+        """Every bad row by its number in the whole data set, with what is wrong; the first `most` where that is given.
+
+        No capture is made for it, so that bad rows among those that decide how gradients are made do not matter.
+        """
+
+        every = range(len(self.rows))
+        found = self._all(lambda: [self._at_home(i, bad_rows_of, "", "", most) for i in every], [[i] for i in every])
+        return dict([item for part in found for item in part.items()][:most])
+
     def _sent(self, data: bytes) -> Future:
         """Bytes that the scheduler can give to every worker that ever asks, also when all that had them are gone."""
         with warnings.catch_warnings():
@@ -118,19 +137,19 @@ class DaskParts(Parts):
         return f"{what}-{self.key}-{next(self._numbers)}"
 
     def _submit(self, i: int, of: str, function: Pass, given: Future, more: Any = ()) -> Future:
+        return self._at_home(i, run, of, str(given.key), function, given, more)
+
+    def _at_home(self, i: int, what: Callable[..., Any], of: str, given: str, *arguments: Any) -> Future:
+        home, most = self.placement.homes[i], self.placement.most
+        order = Order(self.key, self.rows[i], self.sizes[i], most, home, of, given)
+        function = arguments[0] if callable(arguments[0]) else what
         return self.client.submit(
-            run,
-            self.key,
+            what,
+            order,
             self._recipe,
-            self.rows[i],
-            self.sizes[i],
-            self.among,
-            of,
-            function,
-            given,
-            more,
+            *arguments,
             key=self._name(function.__name__.strip("_")),
-            workers=[self.owners[i]],
+            workers=[home],
             allow_other_workers=True,
             pure=False,
         )
@@ -138,61 +157,108 @@ class DaskParts(Parts):
     def _add(self, parts: Sequence[Future]) -> Future:
         return self.client.submit(summed, list(parts), key=self._name("sum"), pure=False)
 
-    def _all(self, submit: Callable[[int], Future], parts: Sequence[Sequence[int]]) -> list[Tree]:
+    def _begin(self) -> None:
+        """New homes for the stretches whose workers are gone."""
+        self.placement.renew(self._workers())
+
+    def _workers(self) -> dict[str, int]:
+        """Those that are there now, with their threads.
+
+        Raises:
+            ClusterError: the scheduler does not answer.
+        """
+        try:
+            return dict(self.client.nthreads())
+        except (OSError, TimeoutError, CancelledError, RuntimeError) as error:
+            raise ClusterError(
+                f"the scheduler of the cluster no longer answers ({_in_words(error)}): start it again, and fit again "
+                "with a new client; a store keeps what was made"
+            ) from error
+
+    def _all(self, submit: Callable[[], list[Future]], parts: Sequence[Sequence[int]]) -> list[Tree]:
         """The results of the submitted tasks, of which the n-th needs the stretches `parts[n]`."""
         while True:
-            found = self._awaited([submit(number) for number in range(len(parts))], parts=parts)
+            self._begin()
+            found = self._awaited(submit(), parts)
             if found is not None:
+                self._lost = 0
                 return found
 
     def _awaited(
-        self, futures: list[Future], release: bool = False, parts: Sequence[Sequence[int]] | None = None
+        self, futures: list[Future], parts: Sequence[Sequence[int]], release: bool = False
     ) -> list[Tree] | None:
         """Wait for all, with their results unless only to be released; None where all are to be tried again."""
-        from distributed import as_completed
-
         found: list[Tree] = [None] * len(futures)
-        number_of = {future.key: number for number, future in enumerate(futures)}
-        done = as_completed(futures)
+        number_of = {str(future.key): number for number, future in enumerate(futures)}
+        waiting = {str(future.key): future for future in futures}
+        futures.clear()
         try:
-            futures.clear()
-            for future in track(done, "parts of the data", len(number_of), self.progress):
-                number = number_of[future.key]
-                if release and future.status == "finished":
-                    continue
-                found[number] = future.result()
+            done = self._finished(waiting)
+            for future in track(done, "parts of the data", len(number_of), self.progress and len(number_of) > 1):
+                if not (release and future.status == "finished"):
+                    found[number_of[str(future.key)]] = future.result()
         except Exception as error:
-            left = [future for future in done.futures if not future.done()]
+            time.sleep(SECONDS_FOR_NEWS)
+            failed = [number_of[key] for key, future in waiting.items() if future.status == "error"]
             with contextlib.suppress(Exception):
-                self.client.cancel(left, force=True)
-            self._heal([number] if parts is None else parts[number], error)
+                self.client.cancel([f for f in waiting.values() if not f.done()], force=True)
+            self._heal({i for number in failed for i in parts[number]}, error)
             return None
-        self._lost = 0
         return found
 
-    def _heal(self, parts: Sequence[int], error: BaseException) -> None:
-        """Prepare for another attempt where workers died, or raise the error where it is another one.
+    def _finished(self, waiting: dict[str, Future]) -> Iterator[Future]:
+        """The futures as they are done, each taken out of `waiting` after it was used.
 
         Raises:
-            ClusterError: too many attempts, or no worker is left.
+            ClusterError: there have been no workers for a while.
+        """
+        from distributed import as_completed
+
+        seen = time.monotonic()
+        while waiting:
+            try:
+                for future in as_completed(waiting.values(), timeout=min(SECONDS_BETWEEN_LOOKS, PATIENCE_SECONDS)):
+                    seen = time.monotonic()
+                    yield future
+                    del waiting[str(future.key)]
+            except TimeoutError:
+                if self._workers():
+                    seen = time.monotonic()
+                elif time.monotonic() - seen > PATIENCE_SECONDS:
+                    raise ClusterError(
+                        "the cluster has lost all its workers: start some, and fit again; a store keeps what was made"
+                    ) from None
+
+    def _heal(self, parts: Iterable[int], error: BaseException) -> None:
+        """Prepare for another attempt where workers died, or raise the error where it is another one.
+
+        Args:
+            parts: the stretches whose tasks failed.
+
+        Raises:
+            ClusterError: too many attempts, or workers that die of single rows.
         """
         from distributed import KilledWorker
-        from distributed.client import FutureCancelledError
         from distributed.comm.core import CommClosedError
 
-        if not isinstance(error, (KilledWorker, FutureCancelledError, CommClosedError)):
+        if not isinstance(error, (KilledWorker, CancelledError, CommClosedError)):
             raise error
+        parts = sorted(parts)
+        smaller = [i for i in parts if self.sizes[i] > 1]
+        if isinstance(error, KilledWorker) and smaller:
+            for i in smaller:
+                self.sizes[i] //= 2
+            return
         self._lost += 1
-        if self._lost > ATTEMPTS or not self.client.scheduler_info(n_workers=1)["workers"]:
-            named = [f"{self.rows[i][0]} to {self.rows[i][1] - 1}" for i in parts]
+        of_memory = isinstance(error, KilledWorker) and parts
+        if of_memory or self._lost > ATTEMPTS:
+            rows = " and ".join(f"{self.rows[i][0]} to {self.rows[i][1] - 1}" for i in parts[:LISTED])
+            many = f" and {len(parts) - LISTED} more stretches" if len(parts) > LISTED else ""
+            batches = ", with one row a batch" if of_memory else f" {self._lost} times"
             raise ClusterError(
-                f"a pass over the data was lost {self._lost} times with the workers that made it, the last time at "
-                f"rows {' and '.join(named) or 'unknown'} ({error}). Give the workers more memory, or look at "
-                "their logs"
+                f"the workers that made train rows {rows or 'of a sum'}{many} died{batches} ({_in_words(error)}): "
+                "give the workers more memory, or look at their logs"
             ) from error
-        if isinstance(error, KilledWorker):
-            for i in parts:
-                self.sizes[i] = max(1, self.sizes[i] // 2)
 
 
 class _Sums:
@@ -220,37 +286,6 @@ class _Sums:
         return terms[0] if len(terms) == 1 else self.add(terms)
 
 
-def worker_addresses(client: Client) -> list[str]:
-    """One address for each thread of each worker.
-
-    Raises:
-        ClusterError: there is none.
-    """
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    found = [address for address, worker in sorted(workers.items()) for _ in range(worker["nthreads"])]
-    if not found:
-        raise ClusterError(
-            "the cluster has no workers: start some (cluster.scale(2), or `dask worker ADDRESS`), and wait for them "
-            "with client.wait_for_workers(1)"
-        )
-    return found
-
-
-def cluster_memory(client: Client) -> int:
-    """Bytes of all the workers' memories together."""
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    return sum(int(worker["memory_limit"] or 0) for worker in workers)
-
-
-def check_sendable(size: int, what: str) -> None:
-    """Refuse to send data that workers can load themselves.
-
-    Raises:
-        ClusterError: with the remedy.
-    """
-    if size > LARGEST_SENT:
-        raise ClusterError(
-            f"{what} has {format_bytes(size)} in this process, and every worker would be sent all of it: give fit a "
-            f"function that loads it (workers call it once), or a Dataset that reads its rows from files; up to "
-            f"{format_bytes(LARGEST_SENT)} are sent"
-        )
+def _in_words(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

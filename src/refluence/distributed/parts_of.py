@@ -13,6 +13,7 @@ from torch import Tensor
 from refluence.batches import Batches, Data, tensors_of
 from refluence.curvature import Curvature
 from refluence.distributed.clients import connected
+from refluence.distributed.cluster import check_sendable, cluster_memory, worker_addresses
 from refluence.distributed.group_parts import GroupParts, agreed, in_group
 from refluence.distributed.recipe import Recipe, Rows, is_loader, stretches
 from refluence.errors import ClusterError
@@ -23,6 +24,8 @@ from refluence.settings import Settings
 
 if TYPE_CHECKING:
     from distributed import Client
+
+    from refluence.distributed.dask_parts import DaskParts
 
 STRETCHES_PER_WORKER = 4
 MOST_ROWS = 16_384
@@ -35,8 +38,6 @@ def budget(execution: Execution, device: torch.device) -> int:
     client = connected(execution.cluster)
     if client is None:
         return int(agreed(execution.budget(device)))
-    from refluence.distributed.dask_parts import cluster_memory, worker_addresses
-
     if execution.memory is not None:
         return len(worker_addresses(client)) * parse_bytes(execution.memory)
     return int(SHARE_OF_CLUSTER * cluster_memory(client)) or execution.budget(device)
@@ -47,8 +48,6 @@ def workers(execution: Execution) -> int:
     client = connected(execution.cluster)
     if client is None:
         return dist.get_world_size() if in_group() else 1
-    from refluence.distributed.dask_parts import worker_addresses
-
     return len(worker_addresses(client))
 
 
@@ -69,9 +68,8 @@ def parts_of(recipe: Recipe, capture: Capture, batches: Batches, memory: float) 
         ClusterError: no workers, or data that are too large to be sent to them.
     """
     execution = recipe.settings.execution
-    client = connected(execution.cluster)
-    if client is not None:
-        return _on_cluster(client, recipe, batches)
+    if execution.cluster is not None:
+        return on_cluster(recipe, batches)
     if not in_group():
         return None
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -96,16 +94,22 @@ def _shared(batches: Batches, world: int) -> list[Rows]:
     return [(first, min(stop, batches.n)) for first, stop in pairwise(ends)]
 
 
-def _on_cluster(client: Client, recipe: Recipe, batches: Batches) -> Parts:
+def on_cluster(recipe: Recipe, batches: Batches) -> DaskParts:
+    """The parts on the workers of the cluster that the recipe's execution names.
+
+    Raises:
+        ClusterError: no workers, or data that are too large to be sent to them.
+    """
     from refluence.distributed.dask_parts import DaskParts
 
-    return DaskParts(client, sendable(recipe), cut(client, recipe.settings, batches), recipe.settings.progress)
+    settings = recipe.settings
+    client = connected(settings.execution.cluster)
+    assert client is not None
+    return DaskParts(client, sendable(recipe), cut(client, settings, batches), settings.progress)
 
 
 def cut(client: Client, settings: Settings, batches: Batches) -> list[Rows]:
     """The stretches: several for each worker, so that none waits long for another, and none too long to lose."""
-    from refluence.distributed.dask_parts import worker_addresses
-
     wanted = settings.execution.shard_rows
     if wanted is None:
         wanted = min(MOST_ROWS, -(-batches.n // (STRETCHES_PER_WORKER * len(worker_addresses(client)))))
@@ -118,11 +122,10 @@ def sendable(recipe: Recipe) -> Recipe:
     Raises:
         ClusterError: data in memory that are too large to be sent.
     """
-    from refluence.distributed.dask_parts import check_sendable
-
     if not is_loader(recipe.data):
         check_sendable(_size(recipe.data), "the train data")
-    execution = replace(recipe.settings.execution, cluster=None)
+    execution = recipe.settings.execution
+    execution = replace(execution, cluster=None, shard_rows=execution.shard_rows if execution.store else None)
     return replace(recipe, settings=replace(recipe.settings, execution=execution, progress=False))
 
 

@@ -36,6 +36,7 @@ class Recipe:
         skipped: rows that are left out.
         stored: the fingerprint of the gradients in a store; None: they are held where they are made.
         share: of the memory for kept gradients that is for those of the loss.
+        whole: whether whole gradients are held and stored, as the execution asks.
     """
 
     settings: Settings
@@ -47,6 +48,7 @@ class Recipe:
     skipped: Mapping[int, str]
     stored: Mapping[str, Any] | None
     share: float
+    whole: bool = False
 
     def on(self, device: torch.device | str | None) -> Recipe:
         """The same, to be made on a device."""
@@ -69,14 +71,19 @@ class Recipe:
         """The curvature of the data, or of a stretch of it, with its share of the mean.
 
         Args:
-            memory: bytes of gradients that may be kept.
+            memory: bytes of gradients that may be kept, with those that are held where they are made.
         """
         settings, here = self.settings, slice(batches.first, batches.first + batches.n)
         keeping = None
         if self.stored is not None:
-            keeping = Keeping(settings.execution, self.stored, by_size=settings.accuracy is not None)
+            by_size = settings.accuracy is not None
+            seed = settings.seed if settings.curvature == "mc_fisher" else None
+            about = {"name": settings.curvature, "rows an example": self.q, "seed": seed}
+            keeping = Keeping(settings.execution, self.stored, about, by_size, self.whole)
         own = int(memory * self.share)
         rows = GradientRows(capture, batches, capture.loss, own, settings.progress, keeping=keeping)
+        if self.whole and not settings.execution.elsewhere(rows.device):
+            memory = max(0.0, memory - rows.matrix_bytes)
         weights = None if self.weights is None else self.weights[here]
         return make_curvature(settings.curvature, rows, weights, self.q, int(memory) - own, settings.seed)
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from refluence.gradients.blocks import DenseBlock
 from refluence.gradients.joint import JointBlock
 from refluence.gradients.rows import BlocksOfBatch, GradientRows
 from refluence.progress import track
@@ -89,12 +90,17 @@ def _gram_with(rows: GradientRows, tile: Stretch) -> dict[str, Float[Tensor, "N 
 
 def held_blocks(rows: GradientRows, groups: Sequence[str]) -> list[tuple[int, dict[str, JointBlock]]]:
     """All gradients of some groups, for others to be multiplied with."""
-    return [(start, {group: blocks[group] for group in groups}) for start, blocks in rows]
+    if not rows.whole:
+        return [(start, {group: blocks[group] for group in groups}) for start, blocks in rows]
+    # Copies, for what is sent of a part of a matrix is all of it.
+    return [(start, {group: _copied(blocks[group]) for group in groups}) for start, blocks in rows]
 
 
-def _gram_of_parts(
-    rows: GradientRows, other: Stretch | None, groups: Sequence[str]
-) -> dict[str, Float[Tensor, "N K"]]:
+def _copied(block: JointBlock) -> JointBlock:
+    return JointBlock(tuple(DenseBlock(part.dense().clone()) for part in block.blocks), block.columns)
+
+
+def _gram_of_parts(rows: GradientRows, other: Stretch | None, groups: Sequence[str]) -> dict[str, Float[Tensor, "N K"]]:
     """Group → inner products of one part's rows with another's, or among themselves."""
     if other is None:
         return gram_matrices(rows, groups)

@@ -27,7 +27,8 @@ class Workload:
         product_work: multiply-adds of one product of the curvature with one vector.
         itemsize, batch_size, device: of the gradients.
         damping: what is asked for; a rule needs the spectrum.
-        offload: where projected rows are held, as in `rf.Execution`.
+        offload: where rows are held, as in `rf.Execution`.
+        keeps: whether solvers that take whole train gradients hold them as rows, as `rf.Execution` asks.
     """
 
     n: int
@@ -44,6 +45,7 @@ class Workload:
     device: torch.device
     damping: DampingChoice
     offload: str = "none"
+    keeps: bool = False
 
     @property
     def d(self) -> int:
@@ -52,8 +54,13 @@ class Workload:
 
     @property
     def held_elsewhere(self) -> bool:
-        """Whether projected rows take none of the device's memory."""
+        """Whether rows take none of the device's memory."""
         return self.offload == "disk" or (self.offload == "cpu" and self.device.type != "cpu")
+
+    @property
+    def whole_row_bytes(self) -> float:
+        """Memory of one example's gradient as a row of d numbers."""
+        return float(self.d * max(4, self.itemsize))
 
     @property
     def score_bytes(self) -> float:

@@ -5,29 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from refluence.curvature import Curvature, OuterCurvature
-from refluence.curvature.kronecker import KINDS, KroneckerBlock, dense_block, kronecker_block, squared_moment
-from refluence.curvature.layer_factors import (
-    Covariances,
-    Layer,
-    covariances,
-    factored_batches,
-    layers_of,
-    sides_of,
-)
+from refluence.curvature.kronecker import KINDS, KroneckerBlock, dense_block, kronecker_block
+from refluence.curvature.layer_factors import Covariances, Layer, layers_of
 from refluence.curvature.sketched_factors import FactorSketch
 from refluence.errors import PlanError
-from refluence.gradients.blocks import CHUNK_ELEMENTS, GradientBlock, ZeroBlock, accumulation_dtype
-from refluence.progress import track
+from refluence.gradients.blocks import accumulation_dtype
 from refluence.sketches import Kronecker, Sketch
 from refluence.solvers.cost import Cost, Workload
 from refluence.solvers.kronecker_state import KroneckerState
+from refluence.solvers.kronecker_sums import Wanted, first_pass, second_pass
 from refluence.solvers.projection import block_sketches
+from refluence.store.fingerprint import sketch_fingerprint
+from refluence.store.held import Report
 
 SHARINGS = ("expand", "reduce")
 EIGENVECTORS_WORK = 27.0
@@ -94,7 +89,17 @@ class KroneckerSolver(ABC):
         """
         outer = self._with_rows(curvature)
         layers = layers_of(outer.features.capture)
-        return KroneckerState(outer, layers, _blocks(outer, layers, self), self._whole_traces)
+        blocks, reports = _blocks(outer, layers, self)
+        state = KroneckerState(outer, layers, blocks, self._whole_traces)
+        if reports:
+            state.diagnostics["store"] = [report.record() for report in reports]
+        return state
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What decides the sums over the rows beside these."""
+        sketch = None if self.sketch is None else sketch_fingerprint(self.sketch)
+        return {"sharing": self.sharing, "factor_limit": self.factor_limit, "sketch of factors": sketch}
 
     def restore(self, curvature: Curvature, tensors: dict[str, Tensor]) -> KroneckerState:
         """The state from what it exported."""
@@ -182,25 +187,28 @@ class Ekfac(KroneckerSolver):
         return self.update_eigenvalues
 
 
-def _blocks(curvature: OuterCurvature, layers: tuple[Layer, ...], solver: KroneckerSolver) -> list[KroneckerBlock]:
+def _blocks(
+    curvature: OuterCurvature, layers: tuple[Layer, ...], solver: KroneckerSolver
+) -> tuple[list[KroneckerBlock], list[Report]]:
+    """The eigenbasis and eigenvalues of every layer, and what the store of their sums did, pass by pass."""
     dtype = accumulation_dtype(curvature.features.dtype)
     sketches = _factor_sketches(curvature, layers, solver, dtype)
-    found = {
-        layer: kronecker_block(factors, curvature.n, dtype)
-        for layer, factors in _covariances(curvature, layers, solver, sketches).items()
-    }
+    factors, report = _covariances(curvature, layers, solver, sketches)
+    reports = [] if report is None else [report]
+    found = {layer: kronecker_block(own, curvature.n, dtype) for layer, own in factors.items()}
     found |= {layer: sketches[layer].lift(block) for layer, block in found.items() if layer in sketches}
     whole = [layer for layer in layers if layer not in found and layer.d <= solver.dense_limit]
     diagonal = [layer for layer in layers if layer not in found and layer not in whole]
     updated = [layer for layer in found if solver.updated and found[layer].kind == "kronecker"]
     if whole or diagonal or updated:
         order = {layer: i for i, layer in enumerate(layers)}
-        wanted = _Wanted(
+        wanted = Wanted(
             tuple(order[layer] for layer in whole),
             tuple(order[layer] for layer in diagonal),
             {order[layer]: found[layer] for layer in updated},
         )
-        sums = curvature.total(_second_pass, wanted, dtype)
+        sums, report = curvature.total(second_pass, wanted, dtype, solver.described)
+        reports += [] if report is None else [report]
         totals = {layer: sums[i].to(curvature.device) for layer, i in order.items() if i in sums}
         for layer in updated:
             found[layer] = found[layer].with_values(totals[layer] / curvature.n)
@@ -212,38 +220,7 @@ def _blocks(curvature: OuterCurvature, layers: tuple[Layer, ...], solver: Kronec
                 found[layer] = dense_block(totals[layer] / curvature.n, dtype)
             else:
                 found[layer] = KroneckerBlock("diagonal", False, None, None, totals[layer][None] / curvature.n)
-    return [found[layer] for layer in layers]
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What the second pass is to sum, by the number of the layer: whole moments, diagonals, eigenvalues in a basis."""
-
-    whole: tuple[int, ...]
-    diagonal: tuple[int, ...]
-    updated: dict[int, KroneckerBlock]
-
-
-def _second_pass(part: OuterCurvature, wanted: _Wanted, dtype: torch.dtype) -> dict[int, Tensor]:
-    """Number of the layer → its sum over the rows; none for a layer that no example uses."""
-    layers, features = layers_of(part.features.capture), part.features
-    totals: dict[int, Tensor] = {}
-    rows = track(features, "eigenvalues of layers", len(features.batches), features.progress and features.kept)
-    for start, blocks in rows:
-        for i in (*wanted.whole, *wanted.diagonal, *wanted.updated):
-            block = layers[i].of(blocks)
-            if isinstance(block, ZeroBlock):
-                continue
-            weights = part.weights
-            if weights is not None:
-                weights = weights[start : start + block.n // part.q].to(part.device)
-            if i in wanted.updated:
-                found = squared_moment(block, wanted.updated[i], weights, dtype)
-            else:
-                own = None if weights is None else weights.repeat(part.q)
-                found = (_moment if i in wanted.whole else _diagonal)(block, own)
-            totals[i] = totals[i].add_(found) if i in totals else found
-    return totals
+    return [found[layer] for layer in layers], reports
 
 
 def _candidates(layers: tuple[Layer, ...]) -> list[Layer]:
@@ -271,54 +248,12 @@ def _covariances(
     layers: tuple[Layer, ...],
     solver: KroneckerSolver,
     sketches: Mapping[Layer, FactorSketch],
-) -> dict[Layer, Covariances]:
-    """Of the layers that have factors in every batch, and small or sketched ones."""
+) -> tuple[dict[Layer, Covariances], Report | None]:
+    """Of the layers that have factors in every batch, and small or sketched ones; and what their store did."""
     order = {layer: i for i, layer in enumerate(layers)}
     numbers = {order[layer]: sketches.get(layer) for layer in _candidates(layers)}
-    found = curvature.total(_first_pass, numbers, solver.factor_limit, solver.sharing)
-    return {layer: found[i].to(curvature.device) for layer, i in order.items() if found.get(i) is not None}
-
-
-def _first_pass(
-    part: OuterCurvature, numbers: Mapping[int, FactorSketch | None], limit: int, sharing: str
-) -> dict[int, Covariances | None]:
-    """Number of the layer → sums over its rows, None for one without factors in some batch or with too large ones."""
-    layers = layers_of(part.features.capture)
-    order = {layers[i]: i for i in numbers}
-    found: dict[int, Covariances | None] = {}
-    for start, factors in factored_batches(part, list(order)):
-        for layer, parts in factors.items():
-            i = order[layer]
-            sketch = numbers[i]
-            if i in found and found[i] is None:
-                continue
-            if parts is not None and sketch is not None:
-                parts = sketch.project(parts)
-            if parts is None or max(sides_of(parts)) > limit:
-                found[i] = None
-                continue
-            weights = part.weights
-            if weights is not None:
-                weights = weights[start : start + parts[0].n].to(part.device)
-            more = covariances(parts, weights, sharing)
-            total = found.get(i)
-            found[i] = more if total is None else total.add(more)
-    return found
-
-
-def _moment(block: GradientBlock, weights: Tensor | None) -> Tensor:
-    """Σ w g gᵀ."""
-    values = block.dense().double()
-    return (values if weights is None else values * weights[:, None]).T @ values
-
-
-def _diagonal(block: GradientBlock, weights: Tensor | None) -> Tensor:
-    """Σ w g²."""
-    total = torch.zeros(block.d, dtype=torch.float64, device=block.device)
-    for first, values in block.chunks(max(1, CHUNK_ELEMENTS // block.n)):
-        squares = values.double().square()
-        total[first : first + values.shape[1]] = squares.sum(dim=0) if weights is None else weights @ squares
-    return total
+    found, report = curvature.total(first_pass, numbers, solver.factor_limit, solver.sharing, solver.described)
+    return {layer: found[i].to(curvature.device) for layer, i in order.items() if found.get(i) is not None}, report
 
 
 def _exported(tensors: dict[str, Tensor], layers: tuple[Layer, ...]) -> list[KroneckerBlock]:

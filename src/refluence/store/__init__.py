@@ -1,4 +1,4 @@
-"""Stores of projected train gradients: shards by row, known by the checksums of their rows.
+"""Stores of train gradients and of sums over them: shards by row, known by the checksums of their rows.
 
 `rf.Execution(store=PATH)` makes and uses one; `refluence store` looks after it.
 """

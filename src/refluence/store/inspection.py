@@ -16,15 +16,16 @@ from refluence.store.fingerprint import MANIFEST, digest, read_manifest
 from refluence.store.places import Place
 from refluence.store.rounding import relative_error
 from refluence.store.shards import SUFFIX, DamagedError, Label, read_label, read_shard
+from refluence.store.sums import BASES, SUMS
 
 TEMPORARY = ".part"
-PARTS = re.compile(r"norms|untrained|(member-|model-|m)\d+")
+PARTS = re.compile(r"norms|factors|[0-9a-f]{32}|untrained|(member-|model-|m)\d+")
 """The names that parts of a store have; other folders are none of its business."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One set of rows in a store: the store itself, one of several sketches, or the squared norms.
+    """One set of rows in a store: the store itself, one of several sketches, the squared norms, or sums over rows.
 
     Attributes:
         name: "" of the store itself.
@@ -68,7 +69,7 @@ class Damage:
 
     Attributes:
         name: below the store.
-        why: "damaged: …", "temporary", "of another fingerprint", "its rows are in other shards".
+        why: "damaged: …", "temporary", "of another fingerprint", "its rows are in other shards", "of an older basis".
         size: bytes.
     """
 
@@ -123,7 +124,8 @@ def verify(place: Place, progress: bool = True) -> list[Damage]:
 
 def prune(place: Place, dry_run: bool = False, progress: bool = True) -> list[Damage]:
     """Remove what no fit will use, or only list it: damaged shards, shards of another fingerprint, shards whose rows
-    others hold, and temporary files. A writer whose temporary file is removed writes it again.
+    others hold, eigenvalues in other bases than the newest, and temporary files. A writer whose temporary file is
+    removed writes it again.
 
     Raises:
         StoreError: there is no store, its manifest is damaged, or it may not be written to.
@@ -142,7 +144,12 @@ def prune(place: Place, dry_run: bool = False, progress: bool = True) -> list[Da
             if looked.path(label.name) not in names
         ]
         whole = [label for label in looked.labels if label.fingerprint == own and looked.path(label.name) not in names]
-        found += [_damage(looked, label.name, "its rows are in other shards") for label in _superseded(whole)]
+        if SUMS not in looked.fingerprint:
+            found += [_damage(looked, label.name, "its rows are in other shards") for label in _superseded(whole)]
+    named = {damage.name for damage in found}
+    for looked in _older_bases(parts):
+        files = [MANIFEST, *(label.name for label in looked.labels)]
+        found += [_damage(looked, name, "of an older basis") for name in files if looked.path(name) not in named]
     if not dry_run:
         for looked in parts:
             for damage in found:
@@ -220,6 +227,26 @@ def _superseded(labels: list[Label]) -> list[Label]:
             for row in rows:
                 count[row] -= 1
     return found
+
+
+def _older_bases(parts: list[_Looked]) -> list[_Looked]:
+    """The eigenvalues that later ones replaced, as where rows were added: all else that decides them is the same."""
+    newest: dict[str, tuple[float, _Looked]] = {}
+    older = []
+    for looked in parts:
+        if BASES not in looked.fingerprint:
+            continue
+        when = _part(looked).newest
+        if when is None:
+            continue
+        kind = digest({name: value for name, value in looked.fingerprint.items() if name != BASES})
+        other = newest.get(kind)
+        if other is None or other[0] < when:
+            newest[kind] = when, looked
+            older += [] if other is None else [other[1]]
+        else:
+            older.append(looked)
+    return older
 
 
 def _damage(looked: _Looked, name: str, why: str) -> Damage:

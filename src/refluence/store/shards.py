@@ -70,10 +70,10 @@ class Label:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard's rows, in the dtype of the gradients."""
+    """A shard's rows, or sums over them, in the dtype of the gradients."""
 
     label: Label
-    arrays: dict[str, Float[Tensor, "b _"]]
+    arrays: dict[str, Float[Tensor, "_ _"]]
 
 
 def shard_name(start: int, checksums: UInt8[np.ndarray, "b 16"]) -> str:
@@ -84,13 +84,13 @@ def shard_name(start: int, checksums: UInt8[np.ndarray, "b 16"]) -> str:
 
 def write_shard(
     place: Place,
-    arrays: Mapping[str, Float[Tensor, "b _"]],
+    arrays: Mapping[str, Float[Tensor, "_ _"]],
     dtype: torch.dtype,
     start: int,
     checksums: UInt8[np.ndarray, "b 16"],
     fingerprint: str,
 ) -> Shard:
-    """Write rows, and give them back as they will be read.
+    """Write rows, or sums over them, and give them back as they will be read.
 
     Raises:
         StoreError: the place is full or may not be written to.
