@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_VENV := .venv-bench
 
-.PHONY: help setup demo test lint bench docs clean
+.PHONY: help setup demo test test-slow lint bench docs clean
 
 help:
 	@echo "make demo   explain a digit classifier with 5 % wrong training labels; the report is demo/report.html"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests; make test-slow the long ones: kills, process groups, whole studies"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  compare with peers on MNIST; writes docs/benchmarks.md"
 	@echo "make docs   build the documentation into site/"
@@ -24,8 +24,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/refluence demo --out demo
 
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: setup
+	$(PYTEST) -m slow
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks

@@ -36,8 +36,18 @@ def close(found, expected, rtol=1e-8):
     torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
 
 
+QUICK = ("sketched", "wide sketch", "gram", "ekfac", "nystroem")
+
+
 # Of conjugate gradients much is made on the client, slowly; the dense solution below is theirs too.
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "conjugate gradient"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in SOLVERS
+        if name != "conjugate gradient"
+    ],
+)
 def test_workers_give_what_one_process_gives(client, name):
     here = results(grouped.fitted(name))
     there = results(grouped.fitted(name, cluster=client))

@@ -19,6 +19,8 @@ from refluence.store.places import open_place
 from support import clustered
 from support.clustered import BATCH, SKETCHED, TEST, VICTIM, Files, Hungry, Load, N, Network, data, influence, noted
 
+pytestmark = pytest.mark.slow
+
 distributed = pytest.importorskip("distributed", reason="a cluster needs refluence[distributed]")
 dask = pytest.importorskip("dask")
 

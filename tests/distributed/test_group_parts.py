@@ -11,6 +11,8 @@ import refluence as rf
 from support import grouped
 from support.grouped import SOLVERS, K, N, data, fitted, results, task
 
+pytestmark = pytest.mark.slow
+
 RANKS = 2
 
 

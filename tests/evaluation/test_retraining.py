@@ -114,6 +114,7 @@ t.retrain(t.task(), t.TRAIN, t.TEST, 6, t.LONG, together=2, path={path!r}, progr
 LONG = Recipe(0.05, 25, 16, optimizer="adam")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_run_again_it_gives_the_same(tmp_path, monkeypatch):
     code = KILLED.format(folder=str(Path(__file__).parent), path=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -187,3 +187,24 @@ def test_what_is_no_zip_file_at_all(tmp_path):
     place.write("x.zarr.zip", io.BytesIO(b"PK").getvalue())
     with pytest.raises(DamagedError, match="not a zip"):
         read_label(place, "x.zarr.zip")
+
+
+def test_a_flipped_bit_is_refused_or_changes_nothing_that_is_read(tmp_path):
+    place, values = open_place(tmp_path), torch.randn(32, 24, generator=torch.Generator().manual_seed(0))
+    checksums = np.random.default_rng(0).integers(0, 256, (32, 16), dtype=np.uint8)
+    label = write_shard(place, {"full": values}, torch.float32, 64, checksums, "fingerprint").label
+    path = tmp_path / label.name
+    data, refused = path.read_bytes(), 0
+    for i in range(0, len(data), 7):
+        changed = bytearray(data)
+        changed[i] ^= 1 << i % 8
+        path.write_bytes(changed)
+        try:
+            found = read_shard(place, label.name, torch.float32)
+        except DamagedError:
+            refused += 1
+            continue
+        assert torch.equal(found.arrays["full"], values)
+        assert np.array_equal(found.label.checksums, checksums)
+        assert (found.label.start, found.label.fingerprint) == (64, "fingerprint")
+    assert refused > 0.9 * len(data) / 7

@@ -13,6 +13,8 @@ from refluence.studies.leave_one_out import ConvolutionalOptions, run_convolutio
 from refluence.studies.leave_one_out.network import HeldLosses, Images, _batches, load_images
 from refluence.zoo.models import AllCnn
 
+pytestmark = pytest.mark.slow
+
 L2, DAMPING = 1e-3, 0.5
 
 

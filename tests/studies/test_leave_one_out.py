@@ -20,6 +20,8 @@ from refluence.studies.leave_one_out.settings import load_problem
 from refluence.zoo import load_dataset
 from support.cli import run as run_command
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("exact", "cg", "lissa", "lissa_paper", "newton")
 SMALL = dataclasses.replace(SETTINGS["digits"], drawn=300, seeds=1, l2=1e-2)
 OPTIONS = Options(SMALL, seed=3, subsets=2, top=12)

@@ -22,6 +22,8 @@ from refluence.studies.leverage_basis.trainings import small_network
 from refluence.training import Recipe, train
 from refluence.training.files import read_tensors
 
+pytestmark = pytest.mark.slow
+
 TINY = replace(
     DEFAULTS["digits"],
     n_train=300,
