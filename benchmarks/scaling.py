@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling rows [--n 1000 10000 100000 1000000] [--m 512]
     python -m benchmarks.scaling sizes [--n 10000]
-    python -m benchmarks.scaling workers [--n 60000] [--repeats 3]
+    python -m benchmarks.scaling workers [--n 40000] [--repeats 3] [--model cnn]
     python -m benchmarks.scaling shards [--shards 1000] [--rows 512]
 
 The model is 784-128w-64w-10 as initialised, for a width w; row i is image i mod 60,000 of MNIST's training set times a
@@ -70,7 +70,8 @@ def main() -> None:
     sizes = commands.add_parser("sizes")
     sizes.add_argument("--n", type=int, default=10_000)
     workers = commands.add_parser("workers")
-    workers.add_argument("--n", type=int, default=60_000)
+    workers.add_argument("--n", type=int, default=40_000)
+    workers.add_argument("--model", choices=("mlp", "cnn"), default="cnn")
     workers.add_argument("--repeats", type=int, default=3)
     shards = commands.add_parser("shards")
     shards.add_argument("--shards", type=int, default=1_000)
@@ -89,7 +90,7 @@ def main() -> None:
         for m, width in ((256, 1), (512, 1), (1024, 1), (2048, 1), (4096, 1), (512, 2), (512, 4), (512, 8)):
             apart(options.n, m, width)
     elif options.command == "workers":
-        compare_workers(options.n, options.repeats)
+        compare_workers(options.n, options.repeats, options.model)
     else:
         many_shards(options.shards, options.rows)
 
@@ -103,6 +104,32 @@ def apart(n: int, m: int, width: int) -> None:
     """One size in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.scaling", "one", "--n", n, "--m", m, "--width", width]
     subprocess.run([str(part) for part in command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def convolutional(**execution: Any) -> rf.Influence:
+    """A network whose gradients are nearly all of the work: 63,786 parameters, 2.9 million multiply-adds forward."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        nn.Conv2d(1, 16, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(1568, 32),
+        nn.ReLU(),
+        nn.Linear(32, 10),
+    )
+    return rf.Influence(
+        rf.Task(model),
+        solver=rf.solvers.Sketched(rf.sketches.Kronecker(16, 16)),
+        damping=DAMPING,
+        batch_size=BATCH,
+        progress=False,
+        execution=rf.Execution(**execution),
+    )
 
 
 def influence_of(m: int, width: int, **execution: Any) -> rf.Influence:
@@ -163,9 +190,10 @@ class Cluster:
         spent = [psutil.Process(pid).cpu_times() for pid in pids]
         return sum(t.user + t.system for t in spent), time.process_time()
 
-    def fit(self, n: int, **execution: Any) -> dict[str, float]:
+    def fit(self, n: int, model: str = "mlp", **execution: Any) -> dict[str, float]:
         """A fit of n rows that the workers read."""
-        influence = influence_of(512, 1, cluster=self.client, **execution)
+        execution = {"cluster": self.client, **execution}
+        influence = convolutional(**execution) if model == "cnn" else influence_of(512, 1, **execution)
         before, begin = self.seconds(), time.perf_counter()
         influence.fit(partial(Rows, n))
         clock = time.perf_counter() - begin
@@ -178,17 +206,17 @@ class Cluster:
         self.cluster.close()
 
 
-def compare_workers(n: int, repeats: int) -> None:
+def compare_workers(n: int, repeats: int, model: str) -> None:
     """The same fit on one worker and on two, in turns."""
     os.environ["OMP_NUM_THREADS"] = "1"
     times: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(repeats):
         for count, seconds in times.items():
             cluster = Cluster(count)
-            found = cluster.fit(n)
+            found = cluster.fit(n, model)
             cluster.close()
             seconds.append(found["seconds"])
-            show({"workers": count, "n": n, **found})
+            show({"workers": count, "n": n, "model": model, **found})
     show({"median of one / median of two": median(times[1]) / median(times[2])})
 
 

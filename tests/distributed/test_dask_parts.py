@@ -9,6 +9,7 @@ from refluence.distributed import dask_parts
 from refluence.distributed.dask_parts import DaskParts
 from refluence.distributed.placement import Placement
 from refluence.distributed.trees import moved
+from refluence.store import held
 from support import grouped
 from support.clustered import SKETCHED, TEST, N, Network, data, influence
 from support.curvatures import DenseReference
@@ -205,3 +206,28 @@ class TestPlacement:
 def test_trees_are_moved_only_where_they_must_be():
     tree = {"a": [torch.ones(2), 3], "b": (None, torch.zeros(1))}
     assert moved(tree, torch.device("cpu")) is tree
+
+
+def test_stretches_read_the_labels_of_their_own_shards_and_find_rows_that_moved(client, tmp_path, monkeypatch):
+    read, real = [], held.read_label
+    monkeypatch.setattr(held, "read_label", lambda place, name: read.append(name) or real(place, name))
+    (x, y), tests = grouped.data(160, 1), grouped.data(grouped.K, 2)
+
+    def fitted(rows, **execution):
+        solver = rf.solvers.Sketched(rf.sketches.SJLT(96))
+        given = {"solver": solver, "damping": 0.5, "batch_size": 16, "progress": False}
+        return rf.Influence(grouped.task(), **given, execution=rf.Execution(**execution)).fit(rows)
+
+    there = {"cluster": client, "store": tmp_path, "shard_rows": 16}
+    report = fitted((x, y), **there).diagnostics["store"]
+    assert (report["rows_read"], report["rows_made"]) == (0, 160)
+    # A stretch may be dropped between two passes and read again; all labels for every stretch would be 45.
+    assert len(read) <= 10
+    read.clear()
+    report = fitted((x, y), **there).diagnostics["store"]
+    assert (report["rows_read"], report["rows_made"]) == (160, 0)
+    assert 10 <= len(read) <= 20
+    moved_on = fitted((x[5:], y[5:]), **there)
+    report = moved_on.diagnostics["store"]
+    assert (report["rows_read"], report["rows_made"]) == (155, 0)
+    close(moved_on.score(tests).values, fitted((x[5:], y[5:])).score(tests).values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from refluence.gradients.capture import Capture
 from refluence.gradients.rows import GradientRows
 from refluence.settings import Settings, working_model
 from refluence.skipping import replaced
+from refluence.store.held import Earlier
 from refluence.store.keeping import Keeping
 
 Rows = tuple[int, int]
@@ -37,6 +38,7 @@ class Recipe:
         stored: the fingerprint of the gradients in a store; None: they are held where they are made.
         share: of the memory for kept gradients that is for those of the loss.
         whole: whether whole gradients are held and stored, as the execution asks.
+        earlier: what this process knows of the store (`HeldRows`).
     """
 
     settings: Settings
@@ -49,6 +51,7 @@ class Recipe:
     stored: Mapping[str, Any] | None
     share: float
     whole: bool = False
+    earlier: dict[str, Earlier] = field(default_factory=dict)
 
     def on(self, device: torch.device | str | None) -> Recipe:
         """The same, to be made on a device."""
@@ -79,7 +82,7 @@ class Recipe:
             by_size = settings.accuracy is not None
             seed = settings.seed if settings.curvature == "mc_fisher" else None
             about = {"name": settings.curvature, "rows an example": self.q, "seed": seed}
-            keeping = Keeping(settings.execution, self.stored, about, by_size, self.whole)
+            keeping = Keeping(settings.execution, self.stored, about, by_size, self.whole, self.earlier)
         own = int(memory * self.share)
         rows = GradientRows(capture, batches, capture.loss, own, settings.progress, keeping=keeping)
         if self.whole and not settings.execution.elsewhere(rows.device):

@@ -67,6 +67,14 @@ class Report:
         }
 
 
+@dataclass
+class Earlier:
+    """The shards that were in a part of a store when this process first looked, and their labels once they are read."""
+
+    names: frozenset[str]
+    labels: list[Label] | None = None
+
+
 class HeldRows:
     """The rows of one part of a store.
 
@@ -76,10 +84,20 @@ class HeldRows:
         dtype: that they are stored in.
         shard_rows: rows of a shard, a multiple of the batches.
         progress: whether reading shows a bar.
+        earlier: what several stretches of one data set, filled by one process, know of the place together.
     """
 
-    def __init__(self, place: Place, fingerprint: str, dtype: torch.dtype, shard_rows: int, progress: bool) -> None:
+    def __init__(
+        self,
+        place: Place,
+        fingerprint: str,
+        dtype: torch.dtype,
+        shard_rows: int,
+        progress: bool,
+        earlier: dict[str, Earlier] | None = None,
+    ) -> None:
         self.place, self.fingerprint, self.dtype = place, fingerprint, dtype
+        self.earlier = {} if earlier is None else earlier
         self.shard_rows, self.progress = shard_rows, progress
         self.report = Report(str(place), str(dtype).removeprefix("torch."))
         self.first = 0
@@ -99,7 +117,8 @@ class HeldRows:
             StoreError: the store is full or may not be written to.
         """
         self.first = gradients.batches.first
-        missing = self._read(out, checksums)
+        labels, shard, position = self._found(checksums, gradients.batches.n < gradients.batches.whole)
+        missing = self._read(out, labels, shard, position)
         pending = segments(missing, self.shard_rows)
         self.report.read, self.report.made = int((~missing).sum()), int(missing.sum())
         reached = 0
@@ -118,10 +137,33 @@ class HeldRows:
             raise
         return self.report
 
-    def labels(self) -> list[Label]:
-        """Of the shards that belong here, the first rows first; damaged ones are named and put away."""
+    def _found(
+        self, checksums: UInt8[np.ndarray, "n 16"], stretch: bool
+    ) -> tuple[list[Label], Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """The labels, and where each row lies in their shards.
+
+        The rows of a stretch are looked for in shards of the same rows first. Those of other rows that appear while
+        other stretches are made hold no row of this one, and to read them all each time would take their square.
+        """
+        names = [name for name in self.place.names() if name.endswith(SUFFIX)]
+        if not stretch:
+            labels = self.labels(names)
+            return labels, *located(checksums, labels, self.first)
+        earlier = self.earlier.setdefault(str(self.place), Earlier(frozenset(names)))
+        last = self.first + len(checksums)
+        labels = self.labels([name for name in names if overlaps(name, self.first, last)])
+        shard, position = located(checksums, labels, self.first)
+        if (shard >= 0).all() or not earlier.names:
+            return labels, shard, position
+        if earlier.labels is None:
+            earlier.labels = self.labels(sorted(earlier.names))
+        labels = [*labels, *(label for label in earlier.labels if not overlaps(label.name, self.first, last))]
+        return labels, *located(checksums, labels, self.first)
+
+    def labels(self, names: Sequence[str]) -> list[Label]:
+        """Of those of the shards that belong here, the first rows first; damaged ones are named and put away."""
         found = []
-        for name in track((n for n in self.place.names() if n.endswith(SUFFIX)), "shards", None, self.progress):
+        for name in track(names, "shards", len(names), self.progress):
             try:
                 label = read_label(self.place, name)
             except FileNotFoundError:  # pruned since it was listed
@@ -133,10 +175,14 @@ class HeldRows:
                 found.append(label)
         return sorted(found, key=lambda label: label.start)
 
-    def _read(self, out: Mapping[str, Tensor], checksums: UInt8[np.ndarray, "n 16"]) -> Bool[np.ndarray, " n"]:
+    def _read(
+        self,
+        out: Mapping[str, Tensor],
+        labels: Sequence[Label],
+        shard: Int64[np.ndarray, " n"],
+        position: Int64[np.ndarray, " n"],
+    ) -> Bool[np.ndarray, " n"]:
         """Fill in what the shards hold; True for the rows that none has."""
-        labels = self.labels()
-        shard, position = located(checksums, labels, self.first)
         dtype = next(iter(out.values())).dtype
         used = np.unique(shard[shard >= 0])
         for index in track(used, f"reading {self.place}", len(used), self.progress):
@@ -199,6 +245,15 @@ def located(
         same = known[order[at]] == wanted
         shard[left[same]], position[left[same]] = owner[order[at[same]]], within[order[at[same]]]
     return shard, position
+
+
+def overlaps(name: str, first: int, stop: int) -> bool:
+    """Whether a shard, by its name, may have rows of the stretch [first, stop)."""
+    try:
+        start, end = (int(number) for number in name.split("-")[:2])
+    except ValueError:
+        return True
+    return start < stop and end > first
 
 
 def segments(missing: Bool[np.ndarray, " n"], size: int) -> list[tuple[int, int]]:

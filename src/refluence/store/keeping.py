@@ -17,7 +17,7 @@ from refluence.gradients.rows import BlocksOfBatch, GradientRows
 from refluence.sketches import Sketch
 from refluence.store.checksums import row_checksums
 from refluence.store.fingerprint import digest, settle, sketch_fingerprint
-from refluence.store.held import HeldRows, Make, Report
+from refluence.store.held import Earlier, HeldRows, Make, Report
 from refluence.store.memory import empty_rows
 from refluence.store.places import LocalFolder, open_place
 from refluence.store.sums import StoredSums, weighted_checksums
@@ -39,6 +39,7 @@ class Keeping:
         curvature: what decides its rows, by name.
         by_size: whether sketches of several sizes may come, as where the accuracy decides; each has a part of its own.
         whole: whether whole gradients are held, and not only what is made of them.
+        earlier: what the stretches of one data set know of the store together (`HeldRows`).
 
     Raises:
         StoreError: a store that cannot be opened.
@@ -51,9 +52,11 @@ class Keeping:
         curvature: Mapping[str, Any],
         by_size: bool,
         whole: bool = False,
+        earlier: dict[str, Earlier] | None = None,
     ) -> None:
         self.execution, self.fingerprint, self.curvature = execution, fingerprint, curvature
         self.by_size, self.whole = by_size, whole
+        self.earlier = {} if earlier is None else earlier
         self.place = None if execution.store is None else open_place(execution.store)
         self._known: tuple[GradientRows, UInt8[np.ndarray, "n 16"]] | None = None
 
@@ -160,7 +163,7 @@ class Keeping:
         wanted = self.execution.shard_rows or max(1, SHARD_BYTES // width)
         size = rows.batches.batch_size
         batches = -(-wanted // size) if self.execution.shard_rows else max(1, wanted // size)
-        held = HeldRows(place, digest(described), stored, batches * size, rows.progress)
+        held = HeldRows(place, digest(described), stored, batches * size, rows.progress, self.earlier)
         return held.fill(out, self._checksums(rows), rows, make)
 
     def _checksums(self, rows: GradientRows) -> UInt8[np.ndarray, "n 16"]:
