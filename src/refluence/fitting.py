@@ -104,7 +104,8 @@ class Prepared:
         share = row / max(1.0, row + w.feature_bytes_per_row)
         stored = self.stored(settings)
         size = self.batches.batch_size
-        return Recipe(settings, self.train, self.probe, size, weights, q, self.skipped, stored, share, whole)
+        keeps = self.plan.chosen.kept > 0
+        return Recipe(settings, self.train, self.probe, size, weights, q, self.skipped, stored, share, whole, keeps)
 
     def stored(self, settings: Settings) -> dict[str, Any] | None:
         """The fingerprint of the train rows that are to be stored or held elsewhere, None where they are not.

@@ -226,7 +226,7 @@ def test_stretches_read_the_labels_of_their_own_shards_and_find_rows_that_moved(
     read.clear()
     report = fitted((x, y), **there).diagnostics["store"]
     assert (report["rows_read"], report["rows_made"]) == (160, 0)
-    assert 10 <= len(read) <= 20
+    assert 10 <= len(read) <= 40  # not 100
     moved_on = fitted((x[5:], y[5:]), **there)
     report = moved_on.diagnostics["store"]
     assert (report["rows_read"], report["rows_made"]) == (155, 0)

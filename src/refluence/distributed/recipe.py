@@ -38,6 +38,7 @@ class Recipe:
         stored: the fingerprint of the gradients in a store; None: they are held where they are made.
         share: of the memory for kept gradients that is for those of the loss.
         whole: whether whole gradients are held and stored, as the execution asks.
+        keeps: whether gradients are worth keeping for further passes.
         earlier: what this process knows of the store (`HeldRows`).
     """
 
@@ -51,6 +52,7 @@ class Recipe:
     stored: Mapping[str, Any] | None
     share: float
     whole: bool = False
+    keeps: bool = True
     earlier: dict[str, Earlier] = field(default_factory=dict)
 
     def on(self, device: torch.device | str | None) -> Recipe:

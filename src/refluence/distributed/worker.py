@@ -98,7 +98,8 @@ class _Site:
             share = self.free / order.among
             while self.parts and share + sum(part.memory for part in self.parts.values()) > self.free * 1.001:
                 self.parts.popitem(last=False)
-            found = _Part(self.recipe.curvature(self.capture, self.stretch(order), share), share)
+            kept = share if self.recipe.keeps else 0.0
+            found = _Part(self.recipe.curvature(self.capture, self.stretch(order), kept), share)
             self.parts[order.rows] = found
         self.parts.move_to_end(order.rows)
         return found.curvature
